@@ -1,0 +1,21 @@
+# make train: from nothing to R1-Zero. make test: ruff, then the tests. Both make .venv first.
+
+PYTHON ?= python3
+
+train: .venv/ready
+	.venv/bin/python train.py $(ARGS)
+
+test: .venv/ready-to-test
+	.venv/bin/ruff check .
+	.venv/bin/pytest
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/ready-to-test: .venv/ready tests/requirements.txt
+	.venv/bin/pip install --quiet --requirement tests/requirements.txt
+	touch $@
+
+.PHONY: train test

@@ -1,0 +1,1 @@
+"""The web in miniature: arithmetic problems, the documents written about them, and the tokenizer that reads both."""

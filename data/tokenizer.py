@@ -1,0 +1,61 @@
+"""The tokenizer: a `tiktoken.Encoding` whose ranks are made right here, so nothing is downloaded.
+
+Ids 0-255 are the single bytes, so any text can be encoded. Then come whole words and whole numbers, each with the
+space or line break before it, as in GPT-2: " 12" is one token, and so is "\n#2", which opens the second step of a
+thought. The tags of R1-Zero's format, the end of a sequence and the padding are special tokens: text cannot spell
+them unless the caller says `tags=True`, which nothing does for text that came from a user.
+"""
+
+from functools import cache
+
+import tiktoken
+
+MAX_NUMBER = 99  # numbers above this are spelt digit by digit
+MAX_STEP = 12  # so are the indices of steps above this
+SPEAKERS = ("User:", "\nAssistant:")
+WORDS = """
+what is plus minus
+it the answer so easy i know this guess let me see
+ok wait
+count then comes after before more than less
+""".split()
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+# Every character matches one alternative, so that decode(encode(text)) == text.
+PIECE = r"[ \n]?#?\p{N}+|[ \n]?\p{L}+:?|[ \n]?[^\s\p{L}\p{N}]|\s"
+
+
+class Tokenizer:
+    """Text to token ids and back. `eos_id` ends a sequence; `pad_id` fills a batch and is never trained on."""
+
+    def __init__(self) -> None:
+        words = [f" {word}" for word in (*WORDS, *range(MAX_NUMBER + 1))]
+        steps = [f"\n#{index}" for index in range(1, MAX_STEP + 1)]
+        pieces = [bytes([value]) for value in range(256)]
+        pieces += [text.encode() for text in (*SPEAKERS, *words, *steps)]
+        special = {text: len(pieces) + i for i, text in enumerate((*TAGS, "<eos>", "<pad>"))}
+        self._encoding = tiktoken.Encoding(
+            name="arithmetic",
+            pat_str=PIECE,
+            mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)},
+            special_tokens=special,
+        )
+        self._tags = set(TAGS)
+        self.eos_id: int = special["<eos>"]
+        self.pad_id: int = special["<pad>"]
+        self.vocab_size: int = self._encoding.n_vocab
+
+    def encode(self, text: str, tags: bool = False) -> list[int]:
+        """The ids of `text`. With `tags`, "<think>" and the other tags become their special tokens; without, they are
+        ordinary characters, which is what text from a user must be."""
+        return self._encoding.encode(text, allowed_special=self._tags if tags else set(), disallowed_special=())
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, tags included; bytes that are no UTF-8 become U+FFFD."""
+        return self._encoding.decode(ids)
+
+
+@cache
+def get_tokenizer() -> Tokenizer:
+    """The one tokenizer of this repository; `vocab_size` ids."""
+    return Tokenizer()

@@ -1,0 +1,195 @@
+"""A small decoder transformer, its key/value cache, and how a model is saved and loaded.
+
+RMSNorm before each sublayer, grouped-query attention, SwiGLU, no biases, no dropout (the policy that samples and the
+policy that is trained must be the same function), embeddings tied to the output. Positions are told twice: learned
+vectors, added once, make "the third operand" easy to find; rotary angles make "the token before me" easy to find.
+
+B rows, T token positions, S positions held in the cache, V vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+ROTARY_BASE = 1000.0  # the slowest pair of channels turns once in some thousand tokens, far beyond our contexts
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    n_layer: int  # blocks
+    n_head: int  # query heads
+    n_kv_head: int  # key/value heads, each shared by n_head / n_kv_head query heads
+    d_model: int  # width of the residual stream
+    d_ff: int  # width of the feed-forward layer
+    max_seq_len: int  # longest prompt plus completion, in tokens
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+
+class KVCache:
+    """Keys and values of B sequences in memory allocated once, for up to `capacity` positions each.
+
+    Rows may have different lengths: `lengths` (B,) counts the positions of each row that hold real tokens, and the
+    next token of a row is written there, over whatever padding a ragged prompt left behind.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
+        shape = (config.n_layer, rows, config.n_kv_head, capacity, config.head_dim)
+        self.keys = like.new_zeros(shape)
+        self.values = like.new_zeros(shape)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        self.filled = 0  # no row is longer than this; kept on the host, so that reading it never waits for a GPU
+
+    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, n_kv_head, T, head_dim) at `positions` (B, T); return all that the layer holds,
+        (B, n_kv_head, S, head_dim) each."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
+        self.values[layer][rows, :, positions] = values.transpose(1, 2)
+        return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row named G times is copied G times."""
+        self.keys = self.keys.index_select(1, rows)
+        self.values = self.values.index_select(1, rows)
+        self.lengths = self.lengths[rows]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021): turn each pair of channels of x (B, heads, T, head_dim) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.head_dim, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, positions: Tensor
+    ) -> Tensor:
+        B, T, d_model = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        queries, keys, values = qkv.split(self.heads, dim=1)  # (B, heads, T, head_dim)
+        queries, keys = rotate(queries, *angles), rotate(keys, *angles)
+        if cache is not None:
+            keys, values = cache.write(self.layer, positions, keys, values)  # (B, n_kv_head, S, head_dim)
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        return self.out(attended.transpose(1, 2).reshape(B, T, d_model))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, *attention_args) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), *attention_args)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    """The decoder. Raises ValueError where the config does not fit together."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.d_model % config.n_head or config.n_head % config.n_kv_head or config.head_dim % 2:
+            raise ValueError(f"d_model must be n_head times an even number, n_head a multiple of n_kv_head: {config}")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position = nn.Embedding(config.max_seq_len, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model)
+        frequency = ROTARY_BASE ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        angle = torch.arange(config.max_seq_len)[:, None] * frequency
+        self.register_buffer("cos", angle.cos(), persistent=False)  # (max_seq_len, head_dim / 2)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.init_weights()
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Every weight of the model is drawn here, from a generator of its own: same seed, same model."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 1:  # the gains of the norms
+                nn.init.ones_(weight)
+            elif name.startswith(("embedding", "position")):
+                nn.init.normal_(weight, std=0.02, generator=generator)
+            else:
+                # Keep the scale of the input; the layers that write to the residual stream share it among them.
+                writes = name.endswith(("out.weight", "down.weight"))
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if writes else 1.0
+                nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]), generator=generator)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) for what follows each of `tokens` (B, T) int64, in float32 at least.
+
+        Without a cache the rows start at position 0 and are right-padded: attention is causal, so padding never
+        reaches a real token. With a cache the tokens continue each row after its `cache.lengths` positions.
+        """
+        B, T = tokens.shape
+        if cache is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+            mask = None
+        else:
+            positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
+            cache.filled += T
+            held = torch.arange(cache.filled, device=tokens.device)
+            mask = (held <= positions[:, :, None])[:, None]  # (B, 1, T, S): a token sees its row up to itself
+            cache.lengths = cache.lengths + T
+        angles = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, head_dim / 2)
+        x = self.embedding(tokens) + self.position(positions)
+        for block in self.blocks:
+            x = block(x, angles, mask, cache, positions)
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def save_model(path: str | Path, model: Transformer) -> None:
+    """Write the config and the weights to one file, tensors and plain data only."""
+    torch.save({"config": asdict(model.config), "weights": model.state_dict()}, path)
+
+
+def load_model(path: str | Path, device: str = "cpu") -> Transformer:
+    """Read what `save_model` wrote. Raises ValueError, in one line that names the file, where it is missing, damaged
+    or not such a file, and where its weights do not have the shapes that its config says."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        model = Transformer(ModelConfig(**saved["config"])).to(device)
+        model.load_state_dict(saved["weights"])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such model file") from None
+    except Exception as error:  # torch.load raises half a dozen types on damaged files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a model that save_model wrote, or damaged ({reason})") from None
+    return model

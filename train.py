@@ -1,0 +1,555 @@
+"""From random weights to R1-Zero: pretrain a small transformer on documents, then GRPO with rule-based rewards alone.
+
+    python train.py                          # the whole job: base model, GRPO, evaluation before and after
+    python train.py --preset tiny            # the same in a minute, on an easier task
+    python train.py --init out/RUN/base.pt   # GRPO from a base model that is there already
+    python train.py --help                   # every knob
+
+Read from top to bottom: configuration, randomness, pretraining, GRPO, evaluation, the run and its folder.
+"""
+
+import argparse
+import copy
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow small products down
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.arithmetic import Problem, make_problem
+from data.corpus import document
+from data.tokenizer import Tokenizer, get_tokenizer
+from grpo import VARIANTS, group_advantages, loss_normalizer, policy_loss, token_entropy, token_logps
+from model import ModelConfig, Transformer, load_model, save_model
+from rewards import accuracy_reward, extract_answer, format_reward
+from sample import Rollout, decode_completions, generate
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every knob of a run. The comments are what `--help` prints."""
+
+    preset: str = "cpu"  # cpu | tiny: a set of values for the rest
+    variant: str = "grpo"  # row of grpo.VARIANTS: which objective
+    seed: int = 0  # of the weights, the documents, the problems and the sampling
+    out: str = ""  # folder of the run; must not exist yet; default out/<preset>-<variant>-seed<seed>
+    init: str = ""  # a base model to start GRPO from, in place of pretraining one
+    device: str = "cpu"  # a torch device
+    threads: int = 2  # CPU threads; a model this small gains nothing from more
+    # task
+    min_level: int = 2  # operations in the shortest problem
+    max_level: int = 5  # operations in the longest one
+    # model
+    n_layer: int = 3  # blocks
+    n_head: int = 4  # query heads
+    n_kv_head: int = 2  # key/value heads
+    d_model: int = 64  # width
+    d_ff: int = 192  # width of the feed-forward layers
+    max_seq_len: int = 96  # tokens of prompt and completion together
+    # pretraining
+    pretrain_steps: int = 5000  # optimizer steps
+    pretrain_tokens: int = 1024  # tokens of documents in a step, about
+    pretrain_lr: float = 3e-3  # peak learning rate
+    # GRPO
+    steps: int = 150  # rollouts
+    prompts: int = 64  # P: prompts in a rollout
+    group_size: int = 8  # G: completions of each prompt
+    max_new_tokens: int = 64  # where a completion is cut; it then has no answer tag and earns what the rules give
+    temperature: float = 1.0  # of sampling, and so of the policy that is trained
+    lr: float = 3e-4  # peak learning rate
+    inner_epochs: int = 1  # mu: passes over a rollout
+    minibatches: int = 4  # optimizer steps in a pass
+    micro_rows: int = 64  # completions that go through the model at once: memory and speed, not the gradient
+    clip_low: float = 0.2  # the ratio may fall to 1 - this
+    clip_high: float = 0.2  # the ratio may rise to 1 + this
+    beta: float = 0.0  # weight of the KL to the reference; 0: no reference at all
+    reference_every: int = 0  # steps until the policy becomes the reference (R1: 400); 0: the base model stays it
+    accuracy_weight: float = 1.0  # of the accuracy reward
+    format_weight: float = 1.0  # of the format reward; equal weights are R1-Zero's
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    # evaluation
+    eval_every: int = 25  # steps between two quick looks at held-out problems
+    eval_problems: int = 500  # held-out problems of the evaluation before and after
+    eval_samples: int = 16  # completions of each
+
+
+PRESETS = {
+    "cpu": {},
+    "tiny": {},
+}
+
+
+# ------------------------------------------------------------------------------------------------------- randomness
+
+
+def stream(seed: int, purpose: str, step: int) -> random.Random:
+    """The random numbers of one purpose at one step. Nothing else draws from them, so no draw can shift another."""
+    return random.Random(f"{seed} {purpose} {step}")
+
+
+def sample_problems(config: Config, purpose: str, step: int, count: int, *, held_out: bool) -> list[Problem]:
+    """`count` problems of the trained levels, each level as often."""
+    rng = stream(config.seed, purpose, step)
+    levels = range(config.min_level, config.max_level + 1)
+    return [make_problem(rng, levels[i % len(levels)], held_out) for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------ pretraining
+
+BATCHES_PER_POOL = 16
+
+
+def document_batches(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of documents: tokens (B, T), right-padded, and the mask (B, T) of those to predict.
+
+    Documents are drawn by the pool, sorted by length and cut into batches of as many tokens each, so that little is
+    padding; the batches of a pool come in random order. The question of a document is read, not predicted.
+    """
+    pool = 0
+    levels = range(config.min_level, config.max_level + 1)
+    while True:
+        rng = stream(config.seed, "documents", pool)
+        rows, tokens = [], 0
+        while tokens < BATCHES_PER_POOL * config.pretrain_tokens:
+            written = document(rng, levels)
+            question = tokenizer.encode(written.question)
+            rows.append((len(question), question + tokenizer.encode(written.text, tags=True) + [tokenizer.eos_id]))
+            tokens += len(rows[-1][1])
+        rows.sort(key=lambda row: len(row[1]))
+        batches, count = [[] for _ in range(BATCHES_PER_POOL)], 0
+        for row in rows:
+            batches[count * BATCHES_PER_POOL // tokens].append(row)
+            count += len(row[1])
+        rng.shuffle(batches)
+        for batch in batches:
+            width = max(len(ids) for _, ids in batch)
+            ids = torch.tensor([ids + [tokenizer.pad_id] * (width - len(ids)) for _, ids in batch])
+            start = torch.tensor([max(start, 1) for start, _ in batch])  # nothing comes before token 0 to predict it
+            length = torch.tensor([len(ids) for _, ids in batch])
+            position = torch.arange(width)
+            yield ids, (position >= start[:, None]) & (position < length[:, None])
+        pool += 1
+
+
+def learning_rate(peak: float, step: int, steps: int, *, warmup: int, decay_from: float) -> float:
+    """Rises over `warmup` steps, stays, and from the share `decay_from` of the steps falls to a fiftieth."""
+    done = step / steps
+    fall = 1.0 if done < decay_from else max(0.02, (1 - done) / (1 - decay_from))
+    return peak * min(1.0, (step + 1) / warmup) * fall
+
+
+def make_optimizer(model: Transformer, weight_decay: float) -> torch.optim.AdamW:
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    gains = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
+def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> Tensor:
+    """One step down the gradients that lie in the model; returns their norm before it was cut."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def pretrain(config: Config, model: Transformer, tokenizer: Tokenizer, log) -> None:
+    """Next-token prediction on the web in miniature: what comes out is the base model."""
+    optimizer = make_optimizer(model, weight_decay=0.1)
+    batches = document_batches(config, tokenizer)
+    losses = []
+    bar = tqdm(range(config.pretrain_steps), desc="pretrain", unit="step", dynamic_ncols=True, disable=None)
+    for step in bar:
+        tokens, mask = (x.to(config.device) for x in next(batches))
+        loss = -token_logps(model(tokens), tokens)[mask].mean()
+        loss.backward()
+        lr = learning_rate(config.pretrain_lr, step, config.pretrain_steps, warmup=100, decay_from=0.3)
+        optimizer_step(model, optimizer, lr, config.max_grad_norm)
+        losses.append(loss.detach())
+        if (step + 1) % 50 == 0:
+            mean = torch.stack(losses).mean().item()
+            bar.set_postfix(loss=f"{mean:.3f}")
+            log({"phase": "pretrain", "step": step + 1, "loss": mean, "lr": lr})
+            losses.clear()
+
+
+# ------------------------------------------------------------------------------------------------------------- GRPO
+
+
+def score(config: Config, problems: list[Problem], completions: list[str]) -> dict[str, Tensor]:
+    """The rewards (B,) of each rule by name, and their weighted sum, "reward". Row i answers problem i // G."""
+    group_size = len(completions) // len(problems)
+    asked = [problem for problem in problems for _ in range(group_size)]
+    accuracy = torch.tensor([accuracy_reward(text, problem.answer) for text, problem in zip(completions, asked)])
+    format = torch.tensor([format_reward(text) for text in completions])
+    total = config.accuracy_weight * accuracy + config.format_weight * format
+    return {"reward": total, "accuracy": accuracy, "format": format}
+
+
+def accumulate_gradient(
+    config: Config,
+    model: Transformer,
+    rollout: Rollout,
+    advantages: Tensor,
+    ref_logps: Tensor | None,
+    minibatch: Tensor,
+) -> Counter:
+    """Add the gradient of the loss of these rows to the model's; return sums of the metrics over their tokens.
+
+    Rows of like length go through the model together and padding is cut off, which changes the cost and not the
+    gradient: what the loss is divided by is counted before.
+    """
+    sums = Counter()
+    normalizer = loss_normalizer(rollout.mask[minibatch], config.variant)
+    lengths = (rollout.mask * torch.arange(1, rollout.mask.shape[1] + 1, device=minibatch.device)).amax(dim=1)
+    by_length = minibatch[lengths[minibatch].argsort()]
+    for rows in by_length.split(config.micro_rows):
+        width = int(lengths[rows].max())
+        tokens, mask, old_logps = (x[rows, :width] for x in (rollout.tokens, rollout.mask, rollout.logps))
+        logits = model(tokens)
+        logps = token_logps(logits, tokens, config.temperature)
+        loss, metrics = policy_loss(
+            logps,
+            advantages[rows],
+            mask,
+            old_logps=old_logps,
+            ref_logps=None if ref_logps is None else ref_logps[rows, :width],
+            variant=config.variant,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            beta=config.beta,
+            normalizer=normalizer,
+        )
+        loss.backward()
+        with torch.no_grad():
+            entropy = token_entropy(logits, config.temperature)[mask].sum()
+            gap = ((logps - old_logps) * mask).abs().max()
+        sums.update({name: value.item() for name, value in metrics.items()}, loss=loss.item(), entropy=entropy.item())
+        sums["logp_gap"] = max(sums["logp_gap"], gap.item())
+    return sums
+
+
+def grpo(config: Config, model: Transformer, tokenizer: Tokenizer, log) -> None:
+    """Algorithm 1 of DeepSeekMath (Shao et al. 2024) with rules for the reward model; its line numbers at the right.
+    Its two outer loops are one here: the reference is refreshed every so many steps of the same count."""
+    optimizer = make_optimizer(model, weight_decay=0.0)
+    reference = copy.deepcopy(model) if config.beta > 0 else None  # line 3
+    bar = tqdm(range(config.steps), desc="grpo", unit="step", dynamic_ncols=True, disable=None)
+    for step in bar:
+        started = time.perf_counter()
+        problems = sample_problems(config, "problems", step, config.prompts, held_out=False)  # line 5
+        rollout = generate(  # lines 6-7: the model as it is now is the old policy of every update of this step
+            model,
+            [tokenizer.encode(problem.prompt) for problem in problems],
+            group_size=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            eos_id=tokenizer.eos_id,
+            seed=stream(config.seed, "rollout", step).getrandbits(63),
+        )
+        rewards = score(config, problems, decode_completions(rollout, tokenizer))  # line 8
+        advantages = group_advantages(rewards["reward"], config.group_size, VARIANTS[config.variant].scale)  # line 9
+        advantages = advantages.to(config.device)
+        ref_logps = rollout_logps(config, reference, rollout) if reference else None
+        sampled = time.perf_counter()
+
+        lr = learning_rate(config.lr, step, config.steps, warmup=5, decay_from=0.5)
+        updates = []
+        for epoch in range(config.inner_epochs):  # line 10
+            order = list(range(len(advantages)))
+            stream(config.seed, "minibatches", step * config.inner_epochs + epoch).shuffle(order)
+            for minibatch in torch.tensor(order, device=config.device).chunk(config.minibatches):
+                sums = accumulate_gradient(config, model, rollout, advantages, ref_logps, minibatch)
+                sums["grad_norm"] = optimizer_step(model, optimizer, lr, config.max_grad_norm).item()  # line 11
+                updates.append(sums)
+        if reference and config.reference_every and (step + 1) % config.reference_every == 0:
+            reference.load_state_dict(model.state_dict())
+
+        record = {"phase": "grpo", "step": step + 1, **rollout_metrics(config, rollout, rewards)}
+        tokens = sum(sums["tokens"] for sums in updates)
+        for name in ("entropy", "ratio", "clip_low", "clip_high", "kl")[: 5 if reference else 4]:
+            record[name] = sum(sums[name] for sums in updates) / tokens
+        for name in ("loss", "grad_norm"):
+            record[name] = np.mean([sums[name] for sums in updates])
+        record["logp_gap"] = updates[0]["logp_gap"]  # before any update sampler and trainer are one policy
+        record |= {"lr": lr, "sample_seconds": sampled - started, "update_seconds": time.perf_counter() - sampled}
+        report(config, model, tokenizer, bar, record)
+        log(record)
+
+
+def rollout_metrics(config: Config, rollout: Rollout, rewards: dict[str, Tensor]) -> dict[str, float]:
+    """What a rollout shows, over all of its rows."""
+    groups = rewards["reward"].view(-1, config.group_size)
+    return {
+        **{name: values.mean().item() for name, values in rewards.items()},
+        "completion_tokens": rollout.mask.sum(dim=1).float().mean().item(),
+        "cut": 1 - rollout.finished.float().mean().item(),  # share of completions that met the limit
+        "no_signal": (groups == groups[:, :1]).all(dim=1).float().mean().item(),  # share of groups of equal rewards
+    }
+
+
+def report(config: Config, model: Transformer, tokenizer: Tokenizer, bar: tqdm, record: dict) -> None:
+    """Show the step on the bar; now and then look at held-out problems, add that to the record, and print a line."""
+    shown = {name: f"{record[name]:.2f}" for name in ("reward", "accuracy", "format", "completion_tokens", "entropy")}
+    bar.set_postfix(shown)
+    if record["step"] % config.eval_every == 0 or record["step"] == config.steps:
+        record["held_out_accuracy"] = quick_look(config, model, tokenizer)
+        values = "  ".join(f"{name} {value}" for name, value in shown.items())
+        bar.write(f"step {record['step']:4}  {values}  held_out_accuracy {record['held_out_accuracy']:.2f}")
+
+
+@torch.no_grad()
+def rollout_logps(config: Config, model: Transformer, rollout: Rollout) -> Tensor:
+    """Log-probabilities (B, T) of a rollout's tokens under another model, in parts that fit the memory."""
+    parts = rollout.tokens.chunk(config.minibatches)
+    return torch.cat([token_logps(model(tokens), tokens, config.temperature) for tokens in parts])
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k completions is right, from `right` among `samples` of them
+    (Chen et al. 2021)."""
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def majority_is_right(answers: list[str | None], answer: str) -> bool:
+    """Whether the answer given most often is right; no answer is no vote, and of equals the first given wins."""
+    votes = Counter(given for given in answers if given is not None)
+    return bool(votes) and votes.most_common(1)[0][0] == answer
+
+
+def answer_problems(
+    config: Config, model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int, temperature: float
+) -> list[list[tuple[str, int]]]:
+    """`samples` completions of each problem, as (text, sampled tokens), by a noise that is the same for every model."""
+    answers, part = [], 128  # problems at a time: what the cache takes is bounded
+    for start in range(0, len(problems), part):
+        rollout = generate(
+            model,
+            [tokenizer.encode(problem.prompt) for problem in problems[start : start + part]],
+            group_size=samples,
+            max_new_tokens=config.max_new_tokens,
+            temperature=temperature,
+            eos_id=tokenizer.eos_id,
+            seed=stream(config.seed, "evaluation noise", samples).getrandbits(63),
+            first_row=start * samples,
+        )
+        answers += zip(decode_completions(rollout, tokenizer), rollout.mask.sum(dim=1).tolist())
+    return [answers[i : i + samples] for i in range(0, len(answers), samples)]
+
+
+def grade(problems: list[Problem], answers: list[list[tuple[str, int]]]) -> np.ndarray:
+    """Accuracy of each completion, (problems, samples); its mean is pass@1."""
+    return np.array([[accuracy_reward(text, p.answer) for text, _ in group] for p, group in zip(problems, answers)])
+
+
+def quick_look(config: Config, model: Transformer, tokenizer: Tokenizer) -> float:
+    """pass@1 on a few held-out problems, the same at each look."""
+    problems = sample_problems(config, "quick look", 0, 128, held_out=True)
+    return grade(problems, answer_problems(config, model, tokenizer, problems, 4, 1.0)).mean()
+
+
+def evaluate(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
+    """The metrics of a model on held-out problems of the trained levels, at temperature 1 but for "greedy", and
+    pass@1 on levels "beyond" them. All are means over problems, which the levels share evenly."""
+    problems = sample_problems(config, "evaluation", 0, config.eval_problems, held_out=True)
+    n = config.eval_samples
+    answers = answer_problems(config, model, tokenizer, problems, n, 1.0)
+    correct = grade(problems, answers)  # (problems, n)
+    texts = [text for group in answers for text, _ in group]
+    thoughts = [match[1] for text in texts if (match := re.search("<think>(.*?)</think>", text, re.DOTALL))]
+
+    def pass_1_by(attribute: str) -> dict[str, float]:
+        values = np.array([str(getattr(problem, attribute)) for problem in problems])
+        return {str(value): correct[values == value].mean() for value in np.unique(values)}
+
+    metrics = {
+        "pass@1": correct.mean(),
+        "pass@8": np.mean([pass_at_k(n, int(count), 8) for count in correct.sum(axis=1)]),
+        "maj@8": np.mean(
+            [
+                majority_is_right([extract_answer(text) for text, _ in group[i : i + 8]], problem.answer)
+                for problem, group in zip(problems, answers)
+                for i in range(0, n - 7, 8)
+            ]
+        ),
+        "greedy": grade(problems, answer_problems(config, model, tokenizer, problems, 1, 0.0)).mean(),
+        "format": np.mean([format_reward(text) for text in texts]),
+        "completion_tokens": np.mean([length for group in answers for _, length in group]),
+        "think_tokens": np.mean([len(tokenizer.encode(thought)) for thought in thoughts]) if thoughts else 0.0,
+        "by_level": pass_1_by("level"),
+        "by_language": pass_1_by("language"),
+        "beyond": {},
+    }
+    for level in (config.max_level + 1, config.max_level + 2):
+        rng = stream(config.seed, "beyond", level)
+        longer = [make_problem(rng, level, held_out=True) for _ in range(100)]
+        metrics["beyond"][str(level)] = grade(longer, answer_problems(config, model, tokenizer, longer, 4, 1.0)).mean()
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------- the run, its folder
+
+
+def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]:
+    """The configuration that the command line asks for: the preset's values, then the flags over them. Also the
+    parser, whose error() ends the program with a line on what is wrong and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        usage=argparse.SUPPRESS,  # an error is then one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    choices = {"preset": list(PRESETS), "variant": list(VARIANTS)}
+    for field in fields(Config):
+        parser.add_argument(
+            f"--{field.name}",
+            type=field.type,
+            default=argparse.SUPPRESS,
+            choices=choices.get(field.name),
+            metavar="",
+            help=f"{comments[field.name]} [{field.default!r}]".replace("%", "%%"),
+        )
+    flags = vars(parser.parse_args(arguments))
+    config = Config(**PRESETS[flags.get("preset", Config.preset)] | flags)
+    if not config.out:
+        config = replace(config, out=f"out/{config.preset}-{config.variant}-seed{config.seed}")
+    if fault := find_fault(config):
+        parser.error(fault)
+    return config, parser
+
+
+def find_fault(config: Config) -> str | None:
+    """What is wrong with a configuration, and what to do about it, in a line; None if it can run."""
+    at_least_one = "steps prompts minibatches micro_rows inner_epochs max_new_tokens min_level threads eval_every"
+    for name in (*at_least_one.split(), "pretrain_steps", "pretrain_tokens", "eval_problems"):
+        if getattr(config, name) < 1:
+            return f"--{name} must be at least 1"
+    if config.group_size < 2:
+        return "--group_size must be at least 2: an advantage is a completion measured against its group"
+    if config.min_level > config.max_level:
+        return f"--min_level {config.min_level} is above --max_level {config.max_level}"
+    if config.eval_samples < 8:
+        return "--eval_samples must be at least 8: pass@8 and maj@8 are made of 8"
+    if config.temperature <= 0:
+        return "--temperature must be above 0: completions that are all the same teach nothing"
+    return None
+
+
+def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
+    """The run's new folder and its model, random or from --init. Raises ValueError or OSError before any work."""
+    folder = Path(config.out)
+    if folder.exists():
+        raise ValueError(f"{folder} exists: name another folder with --out, or move that one away")
+    torch.zeros(1, device=config.device)
+    if config.init:
+        model = load_model(config.init, config.device)
+        if model.config.vocab_size != tokenizer.vocab_size:
+            raise ValueError(f"{config.init}: its vocabulary of {model.config.vocab_size} tokens is not this one")
+    else:
+        shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig) if field.name != "vocab_size"}
+        model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
+        model.init_weights(config.seed)
+        model.to(config.device)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    for source in ("grpo.py", "rewards.py"):  # what people change between runs
+        shutil.copy(Path(__file__).parent / source, folder)
+    return folder, model
+
+
+def write_samples(path: Path, config: Config, tokenizer: Tokenizer, models: dict[str, Transformer]) -> str:
+    """What each model says to the same few held-out problems; returns the last of it, to be shown."""
+    problems = sample_problems(config, "samples", 0, 4 * (config.max_level - config.min_level + 1), held_out=True)
+    said = {name: answer_problems(config, model, tokenizer, problems, 1, 1.0) for name, model in models.items()}
+    blocks = []
+    for i, problem in enumerate(problems):
+        lines = [problem.prompt.removesuffix("\nAssistant:")]
+        for name, answers in said.items():
+            ((text, _),) = answers[i]
+            lines.append(f"[{name}: {'right' if accuracy_reward(text, problem.answer) else 'wrong'}] {text}")
+        blocks.append("\n".join(lines))
+    path.write_text("\n\n".join(blocks) + "\n")
+    return blocks[-1]
+
+
+def table(base: dict, r1_zero: dict) -> str:
+    """The two evaluations side by side."""
+    rows = [(name, base[name], r1_zero[name]) for name in ("pass@1", "pass@8", "maj@8", "greedy", "format")]
+    for level in base["by_level"]:
+        rows.append((f"pass@1, level {level}", base["by_level"][level], r1_zero["by_level"][level]))
+    for level in base["beyond"]:
+        rows.append((f"pass@1, level {level} (beyond)", base["beyond"][level], r1_zero["beyond"][level]))
+    lines = [f"{name:28} {100 * before:8.1f} % {100 * after:8.1f} %" for name, before, after in rows]
+    for name in ("completion_tokens", "think_tokens"):
+        lines.append(f"{name:28} {base[name]:8.1f}   {r1_zero[name]:8.1f}")
+    return "\n".join([f"{'held-out problems':28} {'base':>8}   {'R1-Zero':>8}", *lines])
+
+
+def main(arguments: list[str]) -> None:
+    config, parser = parse_config(arguments)
+    torch.set_num_threads(config.threads)
+    tokenizer = get_tokenizer()
+    try:
+        folder, model = prepare(config, tokenizer)
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:  # torch raises the middle two for a device
+        parser.error(str(error).strip().splitlines()[0])
+    weights = sum(weight.numel() for weight in model.parameters())
+    print(f"{folder}: {weights:,} weights on {config.device}, levels {config.min_level} to {config.max_level}")
+
+    with (folder / "log.jsonl").open("w", buffering=1) as log_file:
+
+        def log(record: dict) -> None:
+            log_file.write(json.dumps(record) + "\n")
+
+        started = time.perf_counter()
+        if not config.init:
+            pretrain(config, model, tokenizer, log)
+        save_model(folder / "base.pt", model)
+        pretrained = time.perf_counter()
+        base_model = copy.deepcopy(model)
+        base = evaluate(config, base_model, tokenizer)
+        print(f"base model: pass@1 {base['pass@1']:.3f}, format {base['format']:.3f}; now GRPO, by rules alone")
+        grpo_started = time.perf_counter()
+        grpo(config, model, tokenizer, log)
+        save_model(folder / "r1_zero.pt", model)
+        grpo_ended = time.perf_counter()
+        r1_zero = evaluate(config, model, tokenizer)
+
+    shown = write_samples(folder / "samples.txt", config, tokenizer, {"base": base_model, "R1-Zero": model})
+    seconds = {
+        "pretrain": pretrained - started,
+        "grpo": grpo_ended - grpo_started,
+        "total": time.perf_counter() - started,
+    }
+    result = {"device": config.device, "seed": config.seed, "seconds": seconds, "base": base, "r1_zero": r1_zero}
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{shown}\n\n{table(base, r1_zero)}\n")
+    print(" ".join(f"{name} {value:.0f} s" for name, value in seconds.items()), f"-> {folder}/")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
