@@ -64,8 +64,8 @@ class Config:
     d_ff: int = 192  # width of the feed-forward layers
     max_seq_len: int = 96  # tokens of prompt and completion together
     # pretraining
-    pretrain_steps: int = 5000  # optimizer steps
-    pretrain_tokens: int = 1024  # tokens of documents in a step, about
+    pretrain_steps: int = 6000  # optimizer steps
+    pretrain_tokens: int = 512  # tokens of documents in a step, about
     pretrain_lr: float = 3e-3  # peak learning rate
     # GRPO
     steps: int = 150  # rollouts

@@ -62,7 +62,7 @@ def work(rng: random.Random, problem: Problem, slip: float, checked: bool) -> tu
     first, *rest = problem.expression.split(" ")
     total, lines = int(first), []
     for index, (operator, operand) in enumerate(zip(rest[::2], rest[1::2]), 1):
-        right = apply(total, operator, int(operand))
+        right = max(0, apply(total, operator, int(operand)))  # after a slip it could fall below 0, outside this world
         said = max(0, right + rng.choice((-2, -1, 1, 2))) if rng.random() < slip else right
         lines.append(f"\n#{index} {total} {SPOKEN[operator]} {operand} is {said}")
         if checked:

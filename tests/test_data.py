@@ -1,0 +1,174 @@
+"""Problems, documents and tokens: the web in miniature is what it says it is."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.arithmetic import HELD_OUT, MAX_TOTAL, is_held_out, make_problem, parse_problem
+from data.corpus import SHARES, SLIP, TAGGED, document
+from data.tokenizer import TAGS, get_tokenizer
+from rewards import extract_answer, format_reward
+
+LEVELS = range(2, 6)
+STEP = re.compile(r"\n#(\d+) (\d+) (plus|minus) (\d+) is (\d+)( ok| wait (\d+))?")
+tokenizer = get_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def documents():
+    rng = random.Random(1)
+    return [document(rng, LEVELS) for _ in range(20_000)]
+
+
+def expression_of(question):
+    words = question.removeprefix("User: what is ").removesuffix("?\nAssistant:")
+    return words.replace("plus", "+").replace("minus", "-")
+
+
+def test_problems_have_their_level_their_answer_and_small_totals():
+    rng = random.Random(0)
+    for level in range(1, 9):
+        for _ in range(50):
+            problem = make_problem(rng, level)
+            parts = problem.expression.split(" ")
+            assert problem.level == level == len(parts) // 2
+            assert problem.answer == str(eval(problem.expression))
+            for end in range(1, len(parts) + 1, 2):
+                assert 0 <= eval(" ".join(parts[:end])) <= MAX_TOTAL
+            assert expression_of(problem.prompt) == problem.expression
+
+
+def test_training_and_held_out_problems_are_disjoint_and_both_are_made():
+    rng = random.Random(0)
+    train = {make_problem(rng, 2).expression for _ in range(4000)}
+    held_out = {make_problem(rng, 2, held_out=True).expression for _ in range(400)}
+    assert len(train) > 500
+    assert len(held_out) > 50
+    assert not train & held_out
+    assert not any(map(is_held_out, train))
+    assert all(map(is_held_out, held_out))
+
+
+def test_one_expression_in_ten_is_held_out():
+    rng = random.Random(0)
+    expressions = {make_problem(rng, 5, held_out).expression for held_out in (False, True) for _ in range(10)}
+    random_ones = [" + ".join(str(rng.randint(1, 9)) for _ in range(6)) for _ in range(5000)]
+    assert sum(map(is_held_out, random_ones)) == pytest.approx(5000 / HELD_OUT, rel=0.2)
+    assert len(expressions) == 20
+
+
+def test_no_document_holds_a_held_out_problem(documents):
+    asked = [expression_of(written.question) for written in documents if written.question]
+    assert len(asked) > 15_000
+    assert not any(map(is_held_out, asked))
+
+
+def test_styles_have_their_shares(documents):
+    counts = Counter(written.style for written in documents)
+    assert sum(SHARES.values()) == pytest.approx(1)
+    for style, share in SHARES.items():
+        assert counts[style] / len(documents) == pytest.approx(share, rel=0.1)
+    for style in set(SHARES) - {"other"}:  # what reinforcement learning samples is the mix within the tags
+        texts = [written.text for written in documents if written.style == style]
+        assert sum(map(format_reward, texts)) / len(texts) == pytest.approx(TAGGED, abs=0.06)
+
+
+def test_direct_answers_and_clean_and_checked_steps_are_true(documents):
+    for written in documents:
+        if written.style in ("direct", "steps", "checked"):
+            assert re.findall(r"\d+", written.text)[-1] == str(eval(expression_of(written.question)))
+
+
+def test_steps_follow_the_problem_and_slips_are_mended_where_they_are_checked(documents):
+    slips = Counter()
+    for written in documents:
+        if written.style in ("direct", "other"):
+            continue
+        parts = expression_of(written.question).split(" ")
+        total, steps = int(parts[0]), list(STEP.finditer(written.text))
+        assert len(steps) == len(parts) // 2
+        for number, step in enumerate(steps, 1):
+            index, before, word, operand, said, verdict, mended = step.groups()
+            assert (int(index), int(before)) == (number, total)
+            assert (word, operand) == ({"+": "plus", "-": "minus"}[parts[2 * number - 1]], parts[2 * number])
+            right = max(0, total + int(operand) if word == "plus" else total - int(operand))
+            slipped = int(said) != right
+            slips[written.style, slipped] += 1
+            if written.style == "checked":
+                assert verdict == (f" wait {right}" if slipped else " ok")
+            else:
+                assert verdict is None
+            total = int(mended or said)
+        assert re.findall(r"\d+", written.text)[-1] == str(total)
+    assert slips["steps", True] == 0
+    for style in ("slips", "checked"):
+        share = slips[style, True] / (slips[style, True] + slips[style, False])
+        assert 0.7 * SLIP < share < 1.1 * SLIP  # a slip below 0 becomes 0, which may be right
+
+
+def test_tagged_documents_can_be_read_by_the_rules(documents):
+    tagged = [written.text for written in documents if "<answer>" in written.text]
+    assert all(extract_answer(text) for text in tagged)
+    assert all(format_reward(text) for text in tagged)
+
+
+def test_documents_come_back_from_their_tokens_and_every_word_is_one_token(documents):
+    for written in documents[:3000]:
+        for text, tags in ((written.question, False), (written.text, True)):
+            ids = tokenizer.encode(text, tags=tags)
+            assert tokenizer.decode(ids) == text
+            assert all(i >= 256 or bytes([i]) in b"?.,\n" for i in ids), text
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text())
+def test_any_text_comes_back_from_its_tokens(text):
+    for tags in (False, True):
+        assert tokenizer.decode(tokenizer.encode(text, tags=tags)) == text
+
+
+@given(st.lists(st.sampled_from([*TAGS, "<eos>", "<pad>", "hi", " "]), max_size=6).map("".join))
+def test_text_from_users_never_becomes_a_special_token(text):
+    special = {tokenizer.encode(tag, tags=True)[0] for tag in TAGS} | {tokenizer.eos_id, tokenizer.pad_id}
+    assert len(special) == 6
+    assert not special & set(tokenizer.encode(text))
+    assert not {tokenizer.eos_id, tokenizer.pad_id} & set(tokenizer.encode(text, tags=True))
+
+
+def test_end_and_padding_are_different_tokens_inside_the_vocabulary():
+    assert tokenizer.eos_id != tokenizer.pad_id
+    assert max(tokenizer.eos_id, tokenizer.pad_id) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(
+    "text", ["7 + 8 - 3", "7+8-3", " what is 7 plus 8 minus 3? ", "7 plus 8 - 3", "What is 7 + 8 - 3"]
+)
+def test_problems_that_people_type_are_understood(text):
+    problem = parse_problem(text)
+    assert problem.prompt == "User: what is 7 plus 8 minus 3?\nAssistant:"
+    assert (problem.answer, problem.level, problem.language) == ("12", 2, "en")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["7 + banana", "", "7", "7 +", "7 + + 8", "7 8", "7 * 8", "-7 + 8", "7.5 + 1", "٣ + 4", "7_8 + 1", "what is",
+     "9" * 5000 + " + 1", "<think> + 1", "__import__('os')"],
+)  # fmt: skip
+def test_text_that_is_no_problem_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match='write a chain such as "7 \\+ 8 - 3"') as error:
+        parse_problem(text)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 150
+
+
+@given(st.text())
+def test_no_text_raises_anything_but_value_error(text):
+    try:
+        problem = parse_problem(text)
+    except ValueError:
+        return
+    assert problem.answer == str(eval(problem.expression))

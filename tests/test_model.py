@@ -1,0 +1,131 @@
+"""The transformer and its cache: two ways to compute one function."""
+
+import pytest
+import torch
+
+from model import KVCache, ModelConfig, Transformer, load_model, save_model
+
+CONFIG = ModelConfig(vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=40, max_seq_len=16)
+
+
+@pytest.fixture
+def model():
+    """In float64, and with weights far from their small start, so that every part matters."""
+    model = Transformer(CONFIG).double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.3 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def random_tokens(*shape):
+    return torch.randint(0, 11, shape, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("pieces", [[1] * 9, [9], [4, 1, 1, 3]])
+def test_cache_equals_full_forward(model, pieces):
+    tokens = random_tokens(3, 9)
+    cache = KVCache(CONFIG, rows=3, capacity=12, like=model.embedding.weight)
+    cached = torch.cat([model(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(cached, model(tokens), rtol=0, atol=1e-12)
+
+
+def test_cache_equals_full_forward_with_ragged_prompts_and_selected_rows(model):
+    """Prompts of 2 and 5 tokens are prefilled together; row 1 is copied twice, row 0 once; each goes on by 3 tokens."""
+    tokens = random_tokens(2, 5)
+    lengths = torch.tensor([2, 5])
+    cache = KVCache(CONFIG, rows=2, capacity=8, like=model.embedding.weight)
+    model(tokens, cache)
+    cache.lengths = lengths
+    cache.select(torch.tensor([1, 0, 1]))
+    more = random_tokens(3, 3)
+    cached = torch.stack([model(more[:, i : i + 1], cache)[:, 0] for i in range(3)], dim=1)
+    for row, source in enumerate([1, 0, 1]):
+        whole = torch.cat((tokens[source, : lengths[source]], more[row]))[None]
+        torch.testing.assert_close(cached[row], model(whole)[0, -3:], rtol=0, atol=1e-12)
+
+
+def test_a_token_sees_itself_and_what_came_before_and_nothing_else(model):
+    tokens = random_tokens(1, 8)
+    changed = tokens.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 11
+    difference = (model(tokens) - model(changed)).abs().amax(dim=-1)[0]
+    assert (difference[:5] == 0).all()
+    assert (difference[5:] > 1e-6).all()
+
+
+def test_padding_on_the_right_and_other_rows_do_not_change_a_row(model):
+    tokens = random_tokens(4, 10)
+    alone = model(tokens[2:3, :6])
+    together = model(tokens)[2:3, :6]
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-12)
+
+
+def test_position_matters(model):
+    same = torch.full((1, 4), 7)
+    logits = model(same)[0]
+    assert (logits[1:] - logits[:-1]).abs().amax(dim=-1).min() > 1e-3
+
+
+def test_logits_are_float32_when_the_weights_are_bfloat16():
+    assert Transformer(CONFIG).bfloat16()(random_tokens(1, 3)).dtype == torch.float32
+
+
+def test_the_seed_decides_the_weights_and_nothing_else_does():
+    torch.manual_seed(1)
+    one = Transformer(CONFIG).state_dict()
+    torch.manual_seed(2)
+    two = Transformer(CONFIG)
+    torch.testing.assert_close(one, two.state_dict(), rtol=0, atol=0)
+    two.init_weights(5)
+    assert (one["embedding.weight"] != two.state_dict()["embedding.weight"]).all()
+
+
+def test_a_saved_model_comes_back_equal(model, tmp_path):
+    save_model(tmp_path / "model.pt", model.float())
+    loaded = load_model(tmp_path / "model.pt")
+    assert loaded.config == CONFIG
+    torch.testing.assert_close(loaded(random_tokens(2, 5)), model(random_tokens(2, 5)), rtol=0, atol=0)
+
+
+def test_a_config_that_does_not_fit_together_is_refused():
+    with pytest.raises(ValueError, match="n_head"):
+        Transformer(ModelConfig(11, 1, n_head=3, n_kv_head=1, d_model=32, d_ff=8, max_seq_len=4))
+    with pytest.raises(ValueError, match="n_kv_head"):
+        Transformer(ModelConfig(11, 1, n_head=4, n_kv_head=3, d_model=32, d_ff=8, max_seq_len=4))
+
+
+class Trap:
+    """Unpickled, it would run code."""
+
+    def __reduce__(self):
+        return print, ("this must never be printed",)
+
+
+def damaged_files(folder):
+    good = folder / "good.pt"
+    save_model(good, Transformer(CONFIG))
+    content = good.read_bytes()
+    saved = torch.load(good, weights_only=True)
+    yield "missing.pt", None
+    yield "empty.pt", b""
+    yield "truncated.pt", content[: len(content) // 2]
+    yield "text.pt", b"these are no weights"
+    yield "other_shape.pt", {"config": {**saved["config"], "d_ff": 48}, "weights": saved["weights"]}
+    yield "no_config.pt", saved["weights"]
+    yield "a_list.pt", [1, 2, 3]
+    yield "unknown_field.pt", {"config": {**saved["config"], "dropout": 0.1}, "weights": saved["weights"]}
+    yield "code.pt", {"config": saved["config"], "weights": Trap()}
+
+
+def test_files_that_are_no_models_are_refused_in_one_line(tmp_path, capfd):
+    for name, content in damaged_files(tmp_path):
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        elif content is not None:
+            torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=name) as error:
+            load_model(tmp_path / name)
+        assert "\n" not in str(error.value)
+    assert capfd.readouterr().out == ""

@@ -1,0 +1,124 @@
+"""The rules, against what people have tried on such rules, and against a second parser."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewards import accuracy_reward, extract_answer, format_reward
+
+GOOD = "<think> 7 plus 8 is 15</think><answer> 15</answer>"
+
+# (completion, accuracy for the answer 15, format)
+CASES = [
+    (GOOD, 1, 1),
+    ("<think>\n#1 7 plus 8 is 15</think>\n<answer>15</answer>\n", 1, 1),
+    ("  <think>x</think> <answer>\t15\n</answer>", 1, 1),
+    ("<think> let me see</think><answer> 14</answer>", 0, 1),
+    ("<answer> 15</answer>", 1, 0),  # no thought
+    ("so <answer> 15</answer>", 1, 0),
+    ("<think></think><answer> 15</answer>", 1, 0),  # an empty one
+    ("<think> \n </think><answer> 15</answer>", 1, 0),
+    (GOOD + " or 16", 1, 0),  # words after the answer
+    ("hello " + GOOD, 1, 0),
+    ("<think> 15</think> hm <answer> 15</answer>", 1, 0),
+    ("15", 0, 0),  # no tags
+    ("<think> 15</think> 15", 0, 0),
+    ("", 0, 0),
+    ("<think> 15</think><answer></answer>", 0, 0),  # no answer
+    ("<think> 15</think><answer> 15", 0, 0),  # cut
+    ("<think> 15<answer> 15</answer>", 0, 0),  # a thought that never ends
+    ("<think> hm <answer> 15</answer></think>", 0, 0),  # an answer within the thought
+    ("<answer><think> hm</think> 15</answer>", 0, 0),  # a thought within the answer
+    ("<answer> 15</answer><think> hm</think>", 0, 0),  # the wrong way round
+    ("<answer> 14</answer><answer> 15</answer>", 0, 0),  # two guesses
+    ("<think> x</think><answer> 14</answer><answer> 15</answer>", 0, 0),
+    ("<think> x</think><think> y</think><answer> 15</answer>", 0, 0),  # thinking again
+    ("<think> x</think><answer> 15</answer></answer>", 0, 0),
+    ("</think><think><answer> 15</answer>", 0, 0),
+    ("<think> x</think><answer> 14 or 15</answer>", 0, 1),  # several numbers
+    ("<think> x</think><answer> 14 15</answer>", 0, 1),
+    ("<think> x</think><answer> 15.</answer>", 0, 1),
+    ("<think> x</think><answer> 15.0</answer>", 0, 1),
+    ("<think> x</think><answer> 015</answer>", 0, 1),
+    ("<think> x</think><answer> +15</answer>", 0, 1),
+    ("<think> x</think><answer> 7 plus 8</answer>", 0, 1),  # the question for an answer
+    ("<think> x</think><answer> 1 5</answer>", 0, 1),
+    ("<think> x</think><answer> １５</answer>", 0, 1),  # digits of another script
+    ("<think> x</think><answer> 115</answer>", 0, 1),  # the right digits within others
+    ("<think> x</think><answer> --15</answer>", 0, 1),
+    ("<Think> x</Think><Answer> 15</Answer>", 0, 0),
+    ("<think > x</think><answer> 15</answer>", 0, 0),
+]
+
+
+@pytest.mark.parametrize(("completion", "accuracy", "form"), CASES)
+def test_rules(completion, accuracy, form):
+    assert accuracy_reward(completion, "15") == accuracy
+    assert format_reward(completion) == form
+
+
+def test_negative_answers_count():
+    assert accuracy_reward("<answer>-3</answer>", "-3") == 1
+    assert accuracy_reward("<answer>3</answer>", "-3") == 0
+
+
+def parse_by_hand(completion):
+    """A second parser that shares no idea with rewards.py: it walks the text a character at a time and keeps a list
+    of (tag, text after it). Returns (number in the answer or None, whether the format is right)."""
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    parts, i = [["", ""]], 0
+    while i < len(completion):
+        tag = next((tag for tag in tags if completion.startswith(tag, i)), None)
+        if tag:
+            parts.append([tag, ""])
+            i += len(tag)
+        else:
+            parts[-1][1] += completion[i]
+            i += 1
+    names = [name for name, _ in parts[1:]]
+    whole, bare = names == tags, names == tags[2:]
+    number = None
+    if whole or bare:
+        inside = parts[-2][1].strip()
+        digits = inside[1:] if inside.startswith("-") else inside
+        if digits and all(character in "0123456789" for character in digits):
+            number = inside
+    blank = [not text.strip() for _, text in parts]
+    return number, whole and blank == [True, False, True, False, True]
+
+
+PIECES = st.one_of(
+    st.sampled_from(
+        ["<think>", "</think>", "<answer>", "</answer>", "15", " 15", "-", " ", "\n", "<", ">", "/", "think"]
+    ),
+    st.text(max_size=3),
+)
+NEARLY_RIGHT = st.tuples(*(st.lists(PIECES, max_size=2).map("".join) for _ in range(5))).map(
+    lambda t: f"{t[0]}<think>{t[1]}</think>{t[2]}<answer>{t[3]}</answer>{t[4]}"
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.one_of(st.lists(PIECES, max_size=12).map("".join), NEARLY_RIGHT, st.text()), st.sampled_from(["15", "-15", ""])
+)
+def test_both_rules_agree_with_a_second_parser_and_never_raise(completion, answer):
+    number, form = parse_by_hand(completion)
+    assert extract_answer(completion) == number
+    assert format_reward(completion) == float(form)
+    assert accuracy_reward(completion, answer) == float(number is not None and number == answer)
+
+
+@pytest.mark.parametrize(
+    "piece", ["<think>", "</answer>", "<", "<answer>1", " ", "9", "<think></think>", "\n", "<think", "a"]
+)
+def test_time_is_linear_in_the_length(piece):
+    """Two million characters of the worst that comes to mind: a rule that looks twice would take hours."""
+    text = piece * (2_000_000 // len(piece))
+    started = time.perf_counter()
+    for completion in (text, f"<think>{text}</think><answer>{text}</answer>"):
+        accuracy_reward(completion, "15")
+        format_reward(completion)
+    assert time.perf_counter() - started < 20
