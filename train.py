@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.arithmetic import Problem, make_problem
+from data.arithmetic import Problem, make_problem, write_problem
 from data.corpus import document
 from data.tokenizer import Tokenizer, get_tokenizer
 from grpo import VARIANTS, group_advantages, loss_normalizer, policy_loss, token_entropy, token_logps
@@ -326,6 +326,8 @@ def rollout_logps(config: Config, model: Transformer, rollout: Rollout) -> Tenso
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 
+BEYOND = 2  # levels above the trained ones that are evaluated too
+
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k completions is right, from `right` among `samples` of them
@@ -402,7 +404,7 @@ def evaluate(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
         "by_language": pass_1_by("language"),
         "beyond": {},
     }
-    for level in (config.max_level + 1, config.max_level + 2):
+    for level in range(config.max_level + 1, config.max_level + BEYOND + 1):
         rng = stream(config.seed, "beyond", level)
         longer = [make_problem(rng, level, held_out=True) for _ in range(100)]
         metrics["beyond"][str(level)] = grade(longer, answer_problems(config, model, tokenizer, longer, 4, 1.0)).mean()
@@ -474,6 +476,13 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
         model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
         model.init_weights(config.seed)
         model.to(config.device)
+    longest = write_problem("1" + " + 1" * (config.max_level + BEYOND))
+    needed = len(tokenizer.encode(longest.prompt)) + config.max_new_tokens
+    if needed > model.config.max_seq_len:
+        raise ValueError(
+            f"problems of level {longest.level} and --max_new_tokens {config.max_new_tokens} need {needed} tokens, "
+            f"more than the model's context of {model.config.max_seq_len} (--max_seq_len)"
+        )
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     for source in ("grpo.py", "rewards.py"):  # what people change between runs

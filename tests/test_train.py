@@ -1,0 +1,398 @@
+"""The loop, the evaluation, the run folder, and what happens to bad input."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from data.arithmetic import is_held_out, make_problem
+from data.tokenizer import get_tokenizer
+from grpo import loss_normalizer, policy_loss, token_logps
+from model import ModelConfig, Transformer, load_model, save_model
+from sample import generate
+from train import Config, document_batches, learning_rate, majority_is_right, pass_at_k, sample_problems, stream
+
+ROOT = Path(__file__).parent.parent
+tokenizer = get_tokenizer()
+SHAPE = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 24, "max_seq_len": 96}
+SMALL = Config(preset="tiny", **SHAPE, prompts=4, group_size=4, max_new_tokens=12, steps=2, eval_problems=8)
+
+
+def small_model():
+    return Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **SHAPE))
+
+
+def small_rollout(model, config=SMALL, seed=1):
+    problems = sample_problems(config, "problems", 0, config.prompts, held_out=False)
+    prompts = [tokenizer.encode(problem.prompt) for problem in problems]
+    return generate(
+        model,
+        prompts,
+        group_size=config.group_size,
+        max_new_tokens=config.max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        seed=seed,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ the pieces
+
+
+def test_random_numbers_depend_on_seed_purpose_and_step_alone():
+    draws = {stream(*key).random() for key in itertools.product((0, 1), ("problems", "rollout"), (0, 1))}
+    assert len(draws) == 8
+    random.seed(5)
+    assert stream(0, "rollout", 1).random() == stream(0, "rollout", 1).random()
+
+
+def test_problems_of_a_step_share_the_levels_and_keep_to_their_split():
+    for held_out in (False, True):
+        problems = sample_problems(Config(min_level=2, max_level=5), "any", 3, 64, held_out=held_out)
+        assert [sum(problem.level == level for problem in problems) for level in range(2, 6)] == [16] * 4
+        assert all(is_held_out(problem.expression) == held_out for problem in problems)
+
+
+def test_pretraining_predicts_the_answer_and_the_end_but_neither_question_nor_padding():
+    batches = document_batches(Config(), tokenizer)
+    assistant = tokenizer.encode("\nAssistant:")[0]
+    for tokens, mask in itertools.islice(batches, 40):
+        for row, chosen in zip(tokens.tolist(), mask.tolist()):
+            end = row.index(tokenizer.eos_id) + 1
+            assert all(token == tokenizer.pad_id for token in row[end:])
+            start = row.index(assistant) + 1 if assistant in row else 1
+            assert chosen == [start <= t < end for t in range(len(row))]
+
+
+def test_batches_hold_about_as_many_tokens_as_asked_and_little_padding():
+    sizes = [(mask.sum(), tokens.numel(), (tokens != tokenizer.pad_id).sum()) for tokens, mask in
+             itertools.islice(document_batches(Config(pretrain_tokens=512), tokenizer), 64)]  # fmt: skip
+    real = np.array([float(size[2]) for size in sizes])
+    assert real.mean() == pytest.approx(512, rel=0.05)
+    assert real.sum() / sum(size[1] for size in sizes) > 0.9
+
+
+def test_learning_rate_rises_stays_and_falls():
+    rates = [learning_rate(2.0, step, 100, warmup=10, decay_from=0.5) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[49] == 2.0
+    assert rates == sorted(rates[:50]) + sorted(rates[50:], reverse=True)
+    assert 0.04 <= rates[-1] < 0.05
+
+
+def test_each_completion_is_scored_against_the_problem_that_it_answers():
+    """Rows of one prompt are adjacent: the second prompt's answer earns nothing among the first prompt's rows."""
+    problems = [make_problem(random.Random(seed), 2) for seed in (0, 1)]
+    one, two = (f"<think> x</think><answer>{problem.answer}</answer>" for problem in problems)
+    assert problems[0].answer != problems[1].answer
+    rewards = train.score(Config(accuracy_weight=2.0, format_weight=0.5), problems, [one, two, "", two, two, one])
+    assert rewards["accuracy"].tolist() == [1, 0, 0, 1, 1, 0]
+    assert rewards["format"].tolist() == [1, 1, 0, 1, 1, 1]
+    assert rewards["reward"].tolist() == [2.5, 0.5, 0, 2.5, 2.5, 0.5]
+
+
+@pytest.mark.parametrize("micro_rows", [1, 5, 16])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimmed(micro_rows, beta):
+    config = replace(SMALL, micro_rows=micro_rows, beta=beta)
+    model, other = small_model().double(), small_model().double()
+    other.init_weights(9)
+    rollout = small_rollout(other)  # off-policy: ratios are not 1
+    assert len(set(rollout.mask.sum(dim=1).tolist())) > 1, "rows of different lengths"
+    advantages = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    ref_logps = token_logps(other(rollout.tokens), rollout.tokens).detach()
+    minibatch = torch.tensor([3, 14, 1, 8, 0, 11, 6, 9, 10, 2])
+
+    logps = token_logps(model(rollout.tokens), rollout.tokens)[minibatch]
+    loss, metrics = policy_loss(
+        logps,
+        advantages[minibatch],
+        rollout.mask[minibatch],
+        old_logps=rollout.logps[minibatch],
+        ref_logps=ref_logps[minibatch],
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        beta=beta,
+        normalizer=loss_normalizer(rollout.mask[minibatch]),
+    )
+    loss.backward()
+    expected = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    sums = train.accumulate_gradient(config, model, rollout, advantages, ref_logps if beta else None, minibatch)
+    for weight, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=1e-10)
+    assert max(gradient.abs().max() for gradient in expected) > 1e-4
+    assert sums["loss"] == pytest.approx(loss.item(), abs=1e-10)
+    for name, value in metrics.items():
+        assert sums[name] == pytest.approx(value.item())
+
+
+def test_pass_at_k_is_the_share_of_choices_of_k_that_hold_a_right_one():
+    for right in range(7):
+        graded = [True] * right + [False] * (6 - right)
+        for k in range(1, 7):
+            choices = list(itertools.combinations(graded, k))
+            assert pass_at_k(6, right, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_majority_counts_answers_alone():
+    assert majority_is_right(["3", None, None, None, "3", "4"], "3")
+    assert not majority_is_right(["4", "3", "4", "3"], "3"), "of equals the first given wins"
+    assert not majority_is_right([None, None], "3")
+
+
+# ---------------------------------------------------------------------------------------------------- the GRPO loop
+
+
+def run_grpo(config):
+    model, records = small_model(), []
+    train.grpo(config, model, tokenizer, records.append)
+    return model, records
+
+
+def test_sampler_and_trainer_agree_at_every_step():
+    _, records = run_grpo(SMALL)
+    assert len(records) == 2
+    assert all(record["logp_gap"] < 1e-4 for record in records)
+
+
+def test_logp_gap_shows_a_sampler_that_disagrees(monkeypatch):
+    """The bug that this number is for: sampling at one temperature and training at another."""
+
+    def hot(*args, temperature, **kwargs):
+        return generate(*args, temperature=1.3, **kwargs)
+
+    monkeypatch.setattr(train, "generate", hot)
+    _, records = run_grpo(replace(SMALL, steps=1))
+    assert records[0]["logp_gap"] > 1e-3
+
+
+def test_one_update_of_the_whole_rollout_is_on_policy_and_later_epochs_are_not():
+    _, on_policy = run_grpo(replace(SMALL, steps=1, minibatches=1))
+    assert on_policy[0]["ratio"] == pytest.approx(1, abs=1e-5)
+    _, twice = run_grpo(replace(SMALL, steps=1, minibatches=1, inner_epochs=2, lr=1e-2, format_weight=1.0))
+    assert "kl" not in twice[0]
+
+
+def signal(completions):
+    """Rewards that always differ within a group, so that even a random model is updated."""
+    return torch.tensor([float(len(completion) % 5) for completion in completions])
+
+
+@pytest.fixture
+def always_signal(monkeypatch):
+    def score(config, problems, completions):
+        return dict.fromkeys(("reward", "accuracy", "format"), signal(completions))
+
+    monkeypatch.setattr(train, "score", score)
+
+
+def test_the_reference_is_the_base_model_until_it_is_refreshed(always_signal):
+    changes = {"steps": 3, "minibatches": 1, "beta": 0.01, "lr": 1e-2}
+    _, kept = run_grpo(replace(SMALL, **changes))
+    assert kept[0]["kl"] == pytest.approx(0, abs=1e-7)
+    assert 0 < kept[1]["kl"] < kept[2]["kl"]
+    _, refreshed = run_grpo(replace(SMALL, **changes, reference_every=2))
+    assert refreshed[1]["kl"] == kept[1]["kl"]
+    assert refreshed[2]["kl"] == pytest.approx(0, abs=1e-7)
+
+
+def test_inner_epochs_move_the_ratio_away_from_1(always_signal):
+    _, records = run_grpo(replace(SMALL, steps=1, minibatches=1, inner_epochs=3, lr=3e-2))
+    assert abs(records[0]["ratio"] - 1) > 1e-4
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(always_signal):
+    def weights(config):
+        return run_grpo(config)[0].embedding.weight
+
+    torch.manual_seed(0)
+    one = weights(SMALL)
+    torch.manual_seed(1)
+    random.seed(1)
+    assert torch.equal(one, weights(SMALL))
+    assert not torch.equal(one, weights(replace(SMALL, seed=1)))
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def test_every_knob_is_a_flag_with_a_comment_for_its_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for field in fields(Config):
+        assert f"--{field.name} " in shown
+        assert f"[{field.default!r}]" in shown
+
+
+def test_flags_go_over_the_preset_and_the_preset_over_the_defaults():
+    config, _ = train.parse_config(["--preset", "tiny", "--seed", "3", "--lr", "0.5"])
+    expected = Config(**train.PRESETS["tiny"] | {"preset": "tiny", "seed": 3, "lr": 0.5, "out": "out/tiny-grpo-seed3"})
+    assert config == expected
+    assert train.parse_config([])[0] == replace(Config(), out="out/cpu-grpo-seed0")
+
+
+def refused(command, arguments, capsys):
+    """Run a command that must end with status 2 and one line; return the line."""
+    with pytest.raises(SystemExit) as stop:
+        command(arguments)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--gropu_size", "4"], "unrecognized arguments: --gropu_size"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--variant", "ppo"], "invalid choice: 'ppo'"),
+        (["--steps", "many"], "invalid int value: 'many'"),
+        (["--group_size", "1"], "--group_size must be at least 2"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--min_level", "6"], "--min_level 6 is above --max_level 5"),
+        (["--temperature", "0"], "--temperature must be above 0"),
+        (["--max_seq_len", "70"], "context of 70"),
+        (["--device", "cuda:77"], "cuda"),
+        (["--device", "abacus"], "abacus"),
+        (["--init", "nowhere/base.pt"], "nowhere/base.pt: there is no such model file"),
+        (["--n_head", "5"], "n_head"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line_before_anything_is_written(arguments, complaint, capsys, tmp_path):
+    assert complaint in refused(train.main, [*arguments, "--out", str(tmp_path / "run")], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_never_overwrites_another(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "r1_zero.pt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("run", "file"):
+        assert "exists" in refused(train.main, ["--out", str(tmp_path / name)], capsys)
+    assert "file" in refused(train.main, ["--out", str(tmp_path / "file" / "run")], capsys)
+    assert (tmp_path / "run" / "r1_zero.pt").read_text() == (tmp_path / "file").read_text() == "precious"
+
+
+def test_models_of_another_shape_or_vocabulary_are_refused(capsys, tmp_path):
+    save_model(tmp_path / "other.pt", Transformer(ModelConfig(vocab_size=50, **SHAPE)))
+    save_model(tmp_path / "short.pt", Transformer(ModelConfig(tokenizer.vocab_size, **SHAPE | {"max_seq_len": 30})))
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:3000])
+    for name, complaint in (("other", "vocabulary of 50"), ("cut", "cut.pt"), ("missing", "missing.pt")):
+        path = str(tmp_path / f"{name}.pt")
+        assert complaint in refused(train.main, ["--init", path, "--out", str(tmp_path / "run")], capsys)
+        assert complaint in refused(sample.main, ["7 + 8 - 3", "--checkpoint", path], capsys)
+    path = str(tmp_path / "short.pt")
+    assert "context of 30" in refused(train.main, ["--init", path, "--out", str(tmp_path / "run")], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_that_sample_cannot_ask_are_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no trained model in out/" in refused(sample.main, ["7 + 8 - 3"], capsys)
+    save_model(tmp_path / "model.pt", small_model())
+    arguments = ["--checkpoint", "model.pt"]
+    assert '"banana" stands where a number' in refused(sample.main, ["7 + banana", *arguments], capsys)
+    assert "context of 96" in refused(sample.main, [" + ".join("7" * 60), *arguments], capsys)
+    assert "-n must be at least 1" in refused(sample.main, ["7 + 8", "-n", "0", *arguments], capsys)
+
+
+# ------------------------------------------------------------------------------------------------ from end to end
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    command = [sys.executable, "train.py", "--preset", "tiny", "--out", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return folder, done.stdout
+
+
+def grpo_records(folder):
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if record["phase"] == "grpo"]
+
+
+def mean_reward(records):
+    return np.mean([record["reward"] for record in records])
+
+
+def test_reward_rises_from_random_weights(tiny_run):
+    records = grpo_records(tiny_run[0])
+    assert mean_reward(records[-5:]) > mean_reward(records[:5]) + 0.5
+    result = json.loads((tiny_run[0] / "result.json").read_text())
+    assert result["r1_zero"]["pass@1"] > result["base"]["pass@1"] + 0.2
+    assert max(record["logp_gap"] for record in records) < 1e-3
+
+
+def test_reward_does_not_rise_with_shuffled_advantages(tiny_run, tmp_path, monkeypatch):
+    """The control: the same run from the same base model, but each completion gets some other one's advantage."""
+    honest = train.group_advantages
+
+    def shuffled(rewards, *args):
+        order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(int(rewards.sum())))
+        return honest(rewards, *args)[order]
+
+    monkeypatch.setattr(train, "group_advantages", shuffled)
+    train.main(["--preset", "tiny", "--init", str(tiny_run[0] / "base.pt"), "--out", str(tmp_path / "control")])
+    records = grpo_records(tmp_path / "control")
+    assert len(records) == len(grpo_records(tiny_run[0]))
+    assert mean_reward(records[-5:]) < mean_reward(records[:5]) + 0.2
+    assert records[0]["reward"] == grpo_records(tiny_run[0])[0]["reward"], "both start from the same rollout"
+
+
+def test_the_run_folder_holds_what_it_should(tiny_run):
+    folder, _ = tiny_run
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "log.jsonl", "base.pt", "r1_zero.pt", "samples.txt", "grpo.py", "rewards.py", "result.json"
+    }  # fmt: skip
+    assert (folder / "grpo.py").read_text() == (ROOT / "grpo.py").read_text()
+    config = Config(**json.loads((folder / "config.json").read_text()))
+    assert config == replace(Config(**train.PRESETS["tiny"]), preset="tiny", out=str(folder))
+    assert asdict(load_model(folder / "r1_zero.pt").config)["d_model"] == config.d_model
+    result = json.loads((folder / "result.json").read_text())
+    assert set(result) == {"device", "seed", "seconds", "base", "r1_zero"}
+    for metrics in (result["base"], result["r1_zero"]):
+        assert set(metrics) == {
+            "pass@1", "pass@8", "maj@8", "greedy", "format", "completion_tokens", "think_tokens", "by_level",
+            "by_language", "beyond",
+        }  # fmt: skip
+        assert metrics["pass@1"] == pytest.approx(np.mean(list(metrics["by_level"].values())))
+        assert metrics["pass@1"] <= metrics["pass@8"] <= 1
+
+
+def test_the_run_ends_with_a_table_and_one_problem_answered_by_both(tiny_run):
+    folder, shown = tiny_run
+    result = json.loads((folder / "result.json").read_text())
+    line = next(line for line in shown.splitlines() if line.startswith("pass@1 "))
+    assert f"{100 * result['base']['pass@1']:.1f} %" in line
+    assert f"{100 * result['r1_zero']['pass@1']:.1f} %" in line
+    last = (folder / "samples.txt").read_text().split("\n\n")[-1].strip()
+    assert last in shown
+    assert "[base: " in last
+    assert "[R1-Zero: " in last
+
+
+def test_a_trained_model_answers_a_typed_problem(tiny_run, capsys):
+    checkpoint = ["--checkpoint", str(tiny_run[0] / "r1_zero.pt")]
+    sample.main(["2 + 3 - 1", *checkpoint])
+    shown = capsys.readouterr().out
+    assert shown.startswith("User: what is 2 plus 3 minus 1?\nAssistant:")
+    assert any(verdict in shown for verdict in ("is right", "is wrong: it is 4", "no answer that the rule can read"))
+    sample.main(["2 + 3 - 1", "-n", "8", *checkpoint])
+    shown = capsys.readouterr().out
+    assert shown.count("--- accuracy") == 8
+    assert "of 8 are right: the answer is 4" in shown
