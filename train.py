@@ -64,11 +64,11 @@ class Config:
     d_ff: int = 192  # width of the feed-forward layers
     max_seq_len: int = 96  # tokens of prompt and completion together
     # pretraining
-    pretrain_steps: int = 6000  # optimizer steps
+    pretrain_steps: int = 5000  # optimizer steps
     pretrain_tokens: int = 512  # tokens of documents in a step, about
     pretrain_lr: float = 3e-3  # peak learning rate
     # GRPO
-    steps: int = 150  # rollouts
+    steps: int = 80  # rollouts
     prompts: int = 64  # P: prompts in a rollout
     group_size: int = 8  # G: completions of each prompt
     max_new_tokens: int = 64  # where a completion is cut; it then has no answer tag and earns what the rules give
@@ -92,7 +92,15 @@ class Config:
 
 PRESETS = {
     "cpu": {},
-    "tiny": {},
+    "tiny": {
+        "max_level": 2,
+        "n_layer": 2,
+        "d_ff": 128,
+        "pretrain_steps": 1500,
+        "steps": 30,
+        "prompts": 32,
+        "eval_problems": 100,
+    },
 }
 
 
@@ -466,7 +474,11 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
     folder = Path(config.out)
     if folder.exists():
         raise ValueError(f"{folder} exists: name another folder with --out, or move that one away")
-    torch.zeros(1, device=config.device)
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {config.device} cannot be used here ({reason}); --device cpu can") from None
     if config.init:
         model = load_model(config.init, config.device)
         if model.config.vocab_size != tokenizer.vocab_size:
@@ -524,8 +536,8 @@ def main(arguments: list[str]) -> None:
     tokenizer = get_tokenizer()
     try:
         folder, model = prepare(config, tokenizer)
-    except (ValueError, RuntimeError, AssertionError, OSError) as error:  # torch raises the middle two for a device
-        parser.error(str(error).strip().splitlines()[0])
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     weights = sum(weight.numel() for weight in model.parameters())
     print(f"{folder}: {weights:,} weights on {config.device}, levels {config.min_level} to {config.max_level}")
 
