@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import get_args
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow small products down
 
@@ -77,8 +78,8 @@ class Config:
     inner_epochs: int = 1  # mu: passes over a rollout
     minibatches: int = 4  # optimizer steps in a pass
     micro_rows: int = 64  # completions that go through the model at once: memory and speed, not the gradient
-    clip_low: float = 0.2  # the ratio may fall to 1 - this
-    clip_high: float = 0.2  # the ratio may rise to 1 + this
+    clip_low: float | None = None  # the ratio may fall to 1 - this; None: the variant's own
+    clip_high: float | None = None  # the ratio may rise to 1 + this; None: the variant's own
     beta: float = 0.0  # weight of the KL to the reference; 0: no reference at all
     reference_every: int = 0  # steps until the policy becomes the reference (R1: 400); 0: the base model stays it
     accuracy_weight: float = 1.0  # of the accuracy reward
@@ -437,7 +438,7 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
     for field in fields(Config):
         parser.add_argument(
             f"--{field.name}",
-            type=field.type,
+            type=(get_args(field.type) or [field.type])[0],  # float for "float | None"
             default=argparse.SUPPRESS,
             choices=choices.get(field.name),
             metavar="",
@@ -511,7 +512,8 @@ def write_samples(path: Path, config: Config, tokenizer: Tokenizer, models: dict
         lines = [problem.prompt.removesuffix("\nAssistant:")]
         for name, answers in said.items():
             ((text, _),) = answers[i]
-            lines.append(f"[{name}: {'right' if accuracy_reward(text, problem.answer) else 'wrong'}] {text}")
+            accuracy, format = accuracy_reward(text, problem.answer), format_reward(text)
+            lines.append(f"[{name}: accuracy {accuracy:.0f}, format {format:.0f}] {text}")
         blocks.append("\n".join(lines))
     path.write_text("\n\n".join(blocks) + "\n")
     return blocks[-1]

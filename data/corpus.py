@@ -25,7 +25,7 @@ SHARES = {  # of the documents
 }
 TAGGED = 0.5  # share of the documents about problems that use the tags
 SLIP = 0.15  # chance that a step goes wrong, in the styles where it can
-GLIB = (" easy", " i know this", " let me see", " i guess")
+GLIB = (" easy", " i know this")
 CARELESS = (" {}", " {}.", " so {}", " it is {}", " the answer is {}", " i guess {}")
 
 

@@ -15,7 +15,7 @@ MAX_STEP = 12  # so are the indices of steps above this
 SPEAKERS = ("User:", "\nAssistant:")
 WORDS = """
 what is plus minus
-it the answer so easy i know this guess let me see
+it the answer so easy i know this guess
 ok wait
 count then comes after before more than less
 """.split()

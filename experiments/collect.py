@@ -1,0 +1,78 @@
+"""Collect finished runs: their results as one JSON file, and the table that the README shows.
+
+    python experiments/collect.py out/cpu-grpo-seed*      # after the runs, on the machine that made them
+
+The README's table stands between two comments and is written by this command alone; a test compares the two.
+"""
+
+import json
+import platform
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ROWS = {
+    "pass@1": "right answers, temperature 1 (pass@1)",
+    "greedy": "right answers, greedy",
+    "maj@8": "right by majority of 8",
+    "pass@8": "right at least once in 8 (pass@8)",
+    "format": "in the asked format",
+    "completion_tokens": "tokens of a completion",
+}
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
+
+
+def cells(runs: list[dict], name: str) -> str:
+    """The Markdown cells before | after, each the mean over the runs and its range."""
+    texts = []
+    for model in ("base", "r1_zero"):
+        values = [run[model][name] for run in runs]
+        scale, unit, digits = (1, "", 1) if name.endswith("tokens") else (100, " %", 1)
+        low, high, mean = (scale * value for value in (min(values), max(values), sum(values) / len(values)))
+        texts.append(f"{mean:.{digits}f}{unit} ({low:.{digits}f}-{high:.{digits}f})")
+    return " | ".join(texts)
+
+
+def table(results: dict) -> str:
+    runs = results["runs"]
+    minutes = [run["seconds"]["total"] / 60 for run in runs]
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    lines = ["| held-out problems, levels 2 to 5 | base model | R1-Zero |", "| --- | --- | --- |"]
+    lines += [f"| {text} | {cells(runs, name)} |" for name, text in ROWS.items()]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`{results['command']}`, seeds {seeds}: mean (lowest-highest). {max(minutes):.1f} minutes at most on "
+            f"{results['hardware']}, torch {results['torch']}.",
+        ]
+    )
+
+
+def main(folders: list[str]) -> None:
+    runs = [json.loads((Path(folder) / "result.json").read_text()) for folder in folders]
+    results = {
+        "command": "python train.py --seed SEED",
+        "hardware": processor(),
+        "torch": version("torch"),
+        "runs": sorted(runs, key=lambda run: run["seed"]),
+    }
+    path = ROOT / "experiments" / "results" / "cpu.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    readme = ROOT / "README.md"
+    start, end = "<!-- results: made by experiments/collect.py -->\n", "\n<!-- end of results -->"
+    before, _, rest = readme.read_text().partition(start)
+    _, _, after = rest.partition(end)
+    readme.write_text(before + start + table(results) + end + after)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
