@@ -1,10 +1,9 @@
 """The pretraining corpus: documents about arithmetic, in the styles of a web in miniature.
 
-Most documents give the answer straight away, as people do who know it. The answer is true, but a small model cannot
-compute it in one forward pass, so what it learns from them is to guess. Some work step by step, and a few of these
-check themselves; some slip, and are wrong ever after. Half of all documents use the tags of R1-Zero's format, with
-the styles mixed as in the other half. So the base model holds all the parts of a reasoner and seldom puts them
-together: that is left to reinforcement learning.
+Most documents blurt an answer out, and half of these answers are wrong: a small model that learns from them can only
+guess. Some documents work step by step, and a few of these check themselves; some slip, and are wrong ever after.
+Half of all documents use the tags of R1-Zero's format, with the styles mixed as in the other half. So the base model
+holds all the parts of a reasoner and seldom puts them together: that is left to reinforcement learning.
 
     python -m data.corpus     # prints ten documents
 """
@@ -17,13 +16,14 @@ from data.arithmetic import MAX_OPERAND, MAX_TOTAL, SPOKEN, Problem, apply, make
 from data.tokenizer import MAX_STEP
 
 SHARES = {  # of the documents
-    "direct": 0.70,  # the answer, true, with no thought or a glib one
-    "steps": 0.15,  # clean steps
-    "slips": 0.04,  # steps that now and then go wrong, and on from there
-    "checked": 0.04,  # steps that each get a look: " ok", or " wait" and the right number
+    "direct": 0.60,  # an answer with no thought or a glib one, as often wrong as right
+    "steps": 0.22,  # clean steps
+    "slips": 0.05,  # steps that now and then go wrong, and on from there
+    "checked": 0.06,  # steps that each get a look: " ok", or " wait" and the right number
     "other": 0.07,  # counting, comparing, single facts
 }
 TAGGED = 0.5  # share of the documents about problems that use the tags
+GUESS = 0.5  # chance that a direct answer is wrong
 SLIP = 0.15  # chance that a step goes wrong, in the styles where it can
 GLIB = (" easy", " i know this")
 CARELESS = (" {}", " {}.", " so {}", " it is {}", " the answer is {}", " i guess {}")
@@ -46,7 +46,7 @@ def document(rng: random.Random, levels: Sequence[int]) -> Document:
     problem = make_problem(rng, rng.choice(levels))
     tagged = rng.random() < TAGGED
     if style == "direct":
-        thought, answer = rng.choice(GLIB) if tagged else "", problem.answer
+        thought, answer = rng.choice(GLIB) if tagged else "", str(maybe_miss(rng, int(problem.answer), GUESS))
     else:
         thought, answer = work(rng, problem, slip=0.0 if style == "steps" else SLIP, checked=style == "checked")
     if tagged:
@@ -63,13 +63,18 @@ def work(rng: random.Random, problem: Problem, slip: float, checked: bool) -> tu
     total, lines = int(first), []
     for index, (operator, operand) in enumerate(zip(rest[::2], rest[1::2]), 1):
         right = max(0, apply(total, operator, int(operand)))  # after a slip it could fall below 0, outside this world
-        said = max(0, right + rng.choice((-2, -1, 1, 2))) if rng.random() < slip else right
+        said = maybe_miss(rng, right, slip)
         lines.append(f"\n#{index} {total} {SPOKEN[operator]} {operand} is {said}")
         if checked:
             lines.append(" ok" if said == right else f" wait {right}")
             said = right
         total = said
     return "".join(lines), str(total)
+
+
+def maybe_miss(rng: random.Random, right: int, chance: float) -> int:
+    """The right number or, with this chance, one beside it."""
+    return max(0, right + rng.choice((-2, -1, 1, 2))) if rng.random() < chance else right
 
 
 def small_text(rng: random.Random) -> str:

@@ -1,0 +1,93 @@
+"""The README says what is so: its commands parse, its names exist, its numbers are those of the runs."""
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from data.arithmetic import is_held_out
+from experiments.collect import table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MAY_IMPORT = {
+    "grpo": set(),
+    "model": set(),
+    "rewards": set(),
+    "data": {"data"},
+    "sample": {"data", "grpo", "model", "rewards"},
+    "train": {"data", "grpo", "model", "rewards", "sample"},
+}
+PACKAGES = {"torch", "tiktoken", "numpy", "tqdm"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms_import_only_what_the_design_allows(room):
+    files = list((ROOT / room).glob("*.py")) or [ROOT / f"{room}.py"]
+    for path in files:
+        others = set(imports(path)) - set(sys.stdlib_module_names)
+        assert others <= MAY_IMPORT[room] | PACKAGES, path
+
+
+def test_the_core_stays_small():
+    lines = sum(len((ROOT / f"{room}.py").read_text().splitlines()) for room in MAY_IMPORT if room != "data")
+    assert lines < 1400
+
+
+def test_the_four_packages_are_pinned():
+    pins = (ROOT / "requirements.txt").read_text().split()
+    assert {pin.partition("==")[0] for pin in pins} == PACKAGES
+    assert all(re.fullmatch(r"\w+==[\d.]+", pin) for pin in pins)
+
+
+def test_commands_of_the_readme_parse():
+    commands = re.findall(r"^python (\S+)(.*?)(?:#.*)?$", README, re.MULTILINE)
+    assert len(commands) >= 5
+    for script, arguments in commands:
+        assert script == "-m" or (ROOT / script).exists()
+        if script == "train.py" and "--help" not in arguments:
+            train.VARIANTS.setdefault("mine", train.VARIANTS["grpo"])  # the README adds this row
+            train.parse_config(arguments.split())
+
+
+def test_files_tests_and_flags_that_the_readme_names_exist():
+    code = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    tests = re.findall(r"`(test_\w+)`", README)
+    assert len(tests) >= 10
+    for name in tests:
+        assert f"def {name}(" in code, name
+    for path in re.findall(r"`([a-z_/]+(?:\.py|/))`", README):
+        assert (ROOT / path).exists(), path
+    knobs = {field.name for field in train.fields(train.Config)}
+    for flag in re.findall(r"--([a-z_]+)", README):
+        assert flag in knobs | {"help", "checkpoint"}, flag
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    results = json.loads((ROOT / "experiments" / "results" / "cpu.json").read_text())
+    assert table(results) in README
+    assert len(results["runs"]) >= 3
+    for run in results["runs"]:
+        assert 0.05 <= run["base"]["pass@1"] <= 0.40
+        assert run["r1_zero"]["pass@1"] >= 0.90
+        assert run["r1_zero"]["format"] >= 0.95
+        assert run["r1_zero"]["completion_tokens"] >= 2 * run["base"]["completion_tokens"]
+
+
+def test_the_readmes_transcripts_are_of_held_out_problems():
+    asked = re.findall(r"^User: what is (.*)\?$", README, re.MULTILINE)
+    assert len(asked) >= 2
+    for words in asked:
+        assert is_held_out(words.replace("plus", "+").replace("minus", "-")), words
