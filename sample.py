@@ -123,8 +123,9 @@ def generate(
             kept = (~finished[rows]).nonzero().squeeze(1)
             if len(kept) == 0:
                 break
-            rows, sampled = rows[kept], sampled[kept]
-            cache.select(kept)
+            if len(kept) < len(rows):
+                rows, sampled = rows[kept], sampled[kept]
+                cache.select(kept)
         logits = model(sampled[:, None], cache)[:, 0]
 
     width = int(mask.any(dim=0).nonzero().max()) + 1

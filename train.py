@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -74,10 +74,10 @@ class Config:
     group_size: int = 8  # G: completions of each prompt
     max_new_tokens: int = 64  # where a completion is cut; it then has no answer tag and earns what the rules give
     temperature: float = 1.0  # of sampling, and so of the policy that is trained
-    lr: float = 3e-4  # peak learning rate
+    lr: float = 6e-4  # peak learning rate
     inner_epochs: int = 1  # mu: passes over a rollout
     minibatches: int = 4  # optimizer steps in a pass
-    micro_rows: int = 64  # completions that go through the model at once: memory and speed, not the gradient
+    micro_batch: int = 64  # completions that go through the model at once: memory and speed, not the gradient
     clip_low: float | None = None  # the ratio may fall to 1 - this; None: the variant's own
     clip_high: float | None = None  # the ratio may rise to 1 + this; None: the variant's own
     beta: float = 0.0  # weight of the KL to the reference; 0: no reference at all
@@ -103,6 +103,9 @@ PRESETS = {
         "eval_problems": 100,
     },
 }
+
+
+Log = Callable[[dict], None]  # takes a line of log.jsonl
 
 
 # ------------------------------------------------------------------------------------------------------- randomness
@@ -181,7 +184,7 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: flo
     return norm
 
 
-def pretrain(config: Config, model: Transformer, tokenizer: Tokenizer, log) -> None:
+def pretrain(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log) -> None:
     """Next-token prediction on the web in miniature: what comes out is the base model."""
     optimizer = make_optimizer(model, weight_decay=0.1)
     batches = document_batches(config, tokenizer)
@@ -194,10 +197,10 @@ def pretrain(config: Config, model: Transformer, tokenizer: Tokenizer, log) -> N
         lr = learning_rate(config.pretrain_lr, step, config.pretrain_steps, warmup=100, decay_from=0.3)
         optimizer_step(model, optimizer, lr, config.max_grad_norm)
         losses.append(loss.detach())
-        if (step + 1) % 50 == 0:
-            mean = torch.stack(losses).mean().item()
-            bar.set_postfix(loss=f"{mean:.3f}")
-            log({"phase": "pretrain", "step": step + 1, "loss": mean, "lr": lr})
+        if (step + 1) % 50 == 0 or step + 1 == config.pretrain_steps:
+            recent = torch.stack(losses).mean().item()
+            bar.set_postfix(loss=f"{recent:.3f}")
+            log({"phase": "pretrain", "step": step + 1, "loss": recent, "lr": lr})
             losses.clear()
 
 
@@ -209,9 +212,9 @@ def score(config: Config, problems: list[Problem], completions: list[str]) -> di
     group_size = len(completions) // len(problems)
     asked = [problem for problem in problems for _ in range(group_size)]
     accuracy = torch.tensor([accuracy_reward(text, problem.answer) for text, problem in zip(completions, asked)])
-    format = torch.tensor([format_reward(text) for text in completions])
-    total = config.accuracy_weight * accuracy + config.format_weight * format
-    return {"reward": total, "accuracy": accuracy, "format": format}
+    in_format = torch.tensor([format_reward(text) for text in completions])
+    total = config.accuracy_weight * accuracy + config.format_weight * in_format
+    return {"reward": total, "accuracy": accuracy, "format": in_format}
 
 
 def accumulate_gradient(
@@ -231,7 +234,7 @@ def accumulate_gradient(
     normalizer = loss_normalizer(rollout.mask[minibatch], config.variant)
     lengths = (rollout.mask * torch.arange(1, rollout.mask.shape[1] + 1, device=minibatch.device)).amax(dim=1)
     by_length = minibatch[lengths[minibatch].argsort()]
-    for rows in by_length.split(config.micro_rows):
+    for rows in by_length.split(config.micro_batch):
         width = int(lengths[rows].max())
         tokens, mask, old_logps = (x[rows, :width] for x in (rollout.tokens, rollout.mask, rollout.logps))
         logits = model(tokens)
@@ -257,7 +260,7 @@ def accumulate_gradient(
     return sums
 
 
-def grpo(config: Config, model: Transformer, tokenizer: Tokenizer, log) -> None:
+def grpo(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log) -> None:
     """Algorithm 1 of DeepSeekMath (Shao et al. 2024) with rules for the reward model; its line numbers at the right.
     Its two outer loops are one here: the reference is refreshed every so many steps of the same count."""
     optimizer = make_optimizer(model, weight_decay=0.0)
@@ -294,14 +297,14 @@ def grpo(config: Config, model: Transformer, tokenizer: Tokenizer, log) -> None:
             reference.load_state_dict(model.state_dict())
 
         record = {"phase": "grpo", "step": step + 1, **rollout_metrics(config, rollout, rewards)}
-        tokens = sum(sums["tokens"] for sums in updates)
-        for name in ("entropy", "ratio", "clip_low", "clip_high", "kl")[: 5 if reference else 4]:
-            record[name] = sum(sums[name] for sums in updates) / tokens
-        for name in ("loss", "grad_norm"):
-            record[name] = np.mean([sums[name] for sums in updates])
-        record["logp_gap"] = updates[0]["logp_gap"]  # before any update sampler and trainer are one policy
-        record |= {"lr": lr, "sample_seconds": sampled - started, "update_seconds": time.perf_counter() - sampled}
-        report(config, model, tokenizer, bar, record)
+        record |= update_metrics(updates) | {"lr": lr, "sample_seconds": sampled - started}
+        record["update_seconds"] = time.perf_counter() - sampled
+        shown = {name: f"{record[name]:.2f}" for name in ("accuracy", "format", "completion_tokens", "entropy")}
+        bar.set_postfix(shown)
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            record["held_out_accuracy"] = quick_look(config, model, tokenizer)
+            shown["held_out_accuracy"] = f"{record['held_out_accuracy']:.2f}"
+            bar.write(f"step {step + 1:4}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
         log(record)
 
 
@@ -316,14 +319,15 @@ def rollout_metrics(config: Config, rollout: Rollout, rewards: dict[str, Tensor]
     }
 
 
-def report(config: Config, model: Transformer, tokenizer: Tokenizer, bar: tqdm, record: dict) -> None:
-    """Show the step on the bar; now and then look at held-out problems, add that to the record, and print a line."""
-    shown = {name: f"{record[name]:.2f}" for name in ("reward", "accuracy", "format", "completion_tokens", "entropy")}
-    bar.set_postfix(shown)
-    if record["step"] % config.eval_every == 0 or record["step"] == config.steps:
-        record["held_out_accuracy"] = quick_look(config, model, tokenizer)
-        values = "  ".join(f"{name} {value}" for name, value in shown.items())
-        bar.write(f"step {record['step']:4}  {values}  held_out_accuracy {record['held_out_accuracy']:.2f}")
+def update_metrics(updates: list[Counter]) -> dict[str, float]:
+    """Means over the tokens, or the updates, of a step, from what `accumulate_gradient` summed."""
+    tokens = sum(sums["tokens"] for sums in updates)
+    per_token = [name for name in ("entropy", "ratio", "clip_low", "clip_high", "kl") if name in updates[0]]
+    return {
+        **{name: sum(sums[name] for sums in updates) / tokens for name in per_token},
+        **{name: np.mean([sums[name] for sums in updates]) for name in ("loss", "grad_norm")},
+        "logp_gap": updates[0]["logp_gap"],  # before the first update sampler and trainer are one policy
+    }
 
 
 @torch.no_grad()
@@ -455,7 +459,7 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
 
 def find_fault(config: Config) -> str | None:
     """What is wrong with a configuration, and what to do about it, in a line; None if it can run."""
-    at_least_one = "steps prompts minibatches micro_rows inner_epochs max_new_tokens min_level threads eval_every"
+    at_least_one = "steps prompts minibatches micro_batch inner_epochs max_new_tokens min_level threads eval_every"
     for name in (*at_least_one.split(), "pretrain_steps", "pretrain_tokens", "eval_problems"):
         if getattr(config, name) < 1:
             return f"--{name} must be at least 1"
@@ -512,8 +516,8 @@ def write_samples(path: Path, config: Config, tokenizer: Tokenizer, models: dict
         lines = [problem.prompt.removesuffix("\nAssistant:")]
         for name, answers in said.items():
             ((text, _),) = answers[i]
-            accuracy, format = accuracy_reward(text, problem.answer), format_reward(text)
-            lines.append(f"[{name}: accuracy {accuracy:.0f}, format {format:.0f}] {text}")
+            accuracy, in_format = accuracy_reward(text, problem.answer), format_reward(text)
+            lines.append(f"[{name}: accuracy {accuracy:.0f}, format {in_format:.0f}] {text}")
         blocks.append("\n".join(lines))
     path.write_text("\n\n".join(blocks) + "\n")
     return blocks[-1]

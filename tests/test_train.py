@@ -99,10 +99,10 @@ def test_each_completion_is_scored_against_the_problem_that_it_answers():
     assert rewards["reward"].tolist() == [2.5, 0.5, 0, 2.5, 2.5, 0.5]
 
 
-@pytest.mark.parametrize("micro_rows", [1, 5, 16])
+@pytest.mark.parametrize("micro_batch", [1, 5, 16])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimmed(micro_rows, beta):
-    config = replace(SMALL, micro_rows=micro_rows, beta=beta)
+def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimmed(micro_batch, beta):
+    config = replace(SMALL, micro_batch=micro_batch, beta=beta)
     model, other = small_model().double(), small_model().double()
     other.init_weights(9)
     rollout = small_rollout(other)  # off-policy: ratios are not 1
