@@ -174,6 +174,6 @@ def load_model(path: str | Path, device: str = "cpu") -> Transformer:
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such model file") from None
     except Exception as error:  # torch.load raises half a dozen types on damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a model that save_model wrote, or damaged ({reason})") from None
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ValueError(f"{path}: damaged, or not what save_model wrote ({reason})") from None
     return model

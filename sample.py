@@ -201,10 +201,8 @@ def main(arguments: list[str]) -> None:
         problem = None if flags.problem is None else parse_problem(flags.problem)
         model = load_model(flags.checkpoint or newest_checkpoint(Path("out")))
         if model.config.vocab_size != tokenizer.vocab_size:
-            raise ValueError(
-                f"the model has a vocabulary of {model.config.vocab_size} tokens, not the {tokenizer.vocab_size} of "
-                "this repository: train it again with this code"
-            )
+            known, needed = model.config.vocab_size, tokenizer.vocab_size
+            raise ValueError(f"the model has a vocab_size of {known}, not {needed}: it was trained with other words")
         if problem:
             answer(model, tokenizer, problem, flags)
     except ValueError as error:

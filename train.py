@@ -475,7 +475,7 @@ def find_fault(config: Config) -> str | None:
 
 
 def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
-    """The run's new folder and its model, random or from --init. Raises ValueError or OSError before any work."""
+    """The run's new folder and its model, random or from --init. Raises ValueError, in one line, before any work."""
     folder = Path(config.out)
     if folder.exists():
         raise ValueError(f"{folder} exists: name another folder with --out, or move that one away")
@@ -484,13 +484,16 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {config.device} cannot be used here ({reason}); --device cpu can") from None
+    shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig) if field.name != "vocab_size"}
+    asked = ModelConfig(vocab_size=tokenizer.vocab_size, **shape)
     if config.init:
         model = load_model(config.init, config.device)
-        if model.config.vocab_size != tokenizer.vocab_size:
-            raise ValueError(f"{config.init}: its vocabulary of {model.config.vocab_size} tokens is not this one")
+        for name, value in asdict(asked).items():
+            if (found := getattr(model.config, name)) != value:
+                remedy = "it was trained with other words" if name == "vocab_size" else f"add --{name} {found}"
+                raise ValueError(f"{config.init} has a {name} of {found}, not {value}: {remedy}")
     else:
-        shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig) if field.name != "vocab_size"}
-        model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
+        model = Transformer(asked)
         model.init_weights(config.seed)
         model.to(config.device)
     longest = write_problem("1" + " + 1" * (config.max_level + BEYOND))
@@ -500,7 +503,10 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
             f"problems of level {longest.level} and --max_new_tokens {config.max_new_tokens} need {needed} tokens, "
             f"more than the model's context of {model.config.max_seq_len} (--max_seq_len)"
         )
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error.strerror}): name another folder with --out") from None
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     for source in ("grpo.py", "rewards.py"):  # what people change between runs
         shutil.copy(Path(__file__).parent / source, folder)
@@ -542,7 +548,7 @@ def main(arguments: list[str]) -> None:
     tokenizer = get_tokenizer()
     try:
         folder, model = prepare(config, tokenizer)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
     weights = sum(weight.numel() for weight in model.parameters())
     print(f"{folder}: {weights:,} weights on {config.device}, levels {config.min_level} to {config.max_level}")

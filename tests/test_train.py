@@ -283,7 +283,7 @@ def test_a_run_never_overwrites_another(capsys, tmp_path):
     (tmp_path / "file").write_text("precious")
     for name in ("run", "file"):
         assert "exists" in refused(train.main, ["--out", str(tmp_path / name)], capsys)
-    assert "file" in refused(train.main, ["--out", str(tmp_path / "file" / "run")], capsys)
+    assert "cannot be made (Not a directory)" in refused(train.main, ["--out", str(tmp_path / "file" / "run")], capsys)
     assert (tmp_path / "run" / "r1_zero.pt").read_text() == (tmp_path / "file").read_text() == "precious"
 
 
@@ -291,12 +291,12 @@ def test_models_of_another_shape_or_vocabulary_are_refused(capsys, tmp_path):
     save_model(tmp_path / "other.pt", Transformer(ModelConfig(vocab_size=50, **SHAPE)))
     save_model(tmp_path / "short.pt", Transformer(ModelConfig(tokenizer.vocab_size, **SHAPE | {"max_seq_len": 30})))
     (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:3000])
-    for name, complaint in (("other", "vocabulary of 50"), ("cut", "cut.pt"), ("missing", "missing.pt")):
+    for name, complaint in (("other", "vocab_size of 50"), ("cut", "cut.pt"), ("missing", "missing.pt")):
         path = str(tmp_path / f"{name}.pt")
         assert complaint in refused(train.main, ["--init", path, "--out", str(tmp_path / "run")], capsys)
         assert complaint in refused(sample.main, ["7 + 8 - 3", "--checkpoint", path], capsys)
     path = str(tmp_path / "short.pt")
-    assert "context of 30" in refused(train.main, ["--init", path, "--out", str(tmp_path / "run")], capsys)
+    assert "add --n_layer 1" in refused(train.main, ["--init", path, "--out", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()
 
 
