@@ -359,7 +359,7 @@ def answer_problems(
 ) -> list[list[tuple[str, int]]]:
     """`samples` completions of each problem, as (text, sampled tokens), by a noise that is the same for every model."""
     answers, part = [], 128  # problems at a time: what the cache takes is bounded
-    for start in range(0, len(problems), part):
+    for start in tqdm(range(0, len(problems), part), desc="answer", leave=False, dynamic_ncols=True, disable=None):
         rollout = generate(
             model,
             [tokenizer.encode(problem.prompt) for problem in problems[start : start + part]],
