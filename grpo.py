@@ -30,10 +30,10 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "std", eps: 
     mean away. A group of equal rewards gets exactly 0. Raises ValueError where B is no multiple of the group size,
     where scale is unknown, and for a group of 1, which has no spread to measure.
     """
-    if rewards.dim() != 1 or len(rewards) % group_size:
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)} are not groups of {group_size}")
     if group_size < 2:
         raise ValueError("group advantages need a group of at least 2 completions")
+    if rewards.dim() != 1 or len(rewards) % group_size:
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)} are not groups of {group_size}")
     groups = rewards.view(-1, group_size)  # (P, G)
     centered = groups - groups.mean(dim=1, keepdim=True)
     # Told by equality, not by the deviation: rounding of the mean can leave 1e-8, which 1 / std would blow up.

@@ -65,7 +65,7 @@ class Config:
     d_ff: int = 192  # width of the feed-forward layers
     max_seq_len: int = 96  # tokens of prompt and completion together
     # pretraining
-    pretrain_steps: int = 4500  # optimizer steps
+    pretrain_steps: int = 5000  # optimizer steps
     pretrain_tokens: int = 512  # tokens of documents in a step, about
     pretrain_lr: float = 4e-3  # peak learning rate
     # GRPO
