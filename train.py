@@ -459,17 +459,21 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
 
 def find_fault(config: Config) -> str | None:
     """What is wrong with a configuration, and what to do about it, in a line; None if it can run."""
-    at_least_one = "steps prompts minibatches micro_batch inner_epochs max_new_tokens min_level threads eval_every"
-    for name in (*at_least_one.split(), "pretrain_steps", "pretrain_tokens", "eval_problems"):
-        if getattr(config, name) < 1:
-            return f"--{name} must be at least 1"
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and field.name not in ("seed", "reference_every") and value < 1:
+            return f"--{field.name} must be at least 1"
+        if field.name in ("pretrain_lr", "lr", "max_grad_norm") and not 0 < value < math.inf:
+            return f"--{field.name} must be above 0"
+        if field.name in ("beta", "clip_low", "clip_high") and value is not None and not value >= 0:
+            return f"--{field.name} must be at least 0"
     if config.group_size < 2:
         return "--group_size must be at least 2: an advantage is a completion measured against its group"
     if config.min_level > config.max_level:
         return f"--min_level {config.min_level} is above --max_level {config.max_level}"
     if config.eval_samples < 8:
         return "--eval_samples must be at least 8: pass@8 and maj@8 are made of 8"
-    if config.temperature <= 0:
+    if not 0 < config.temperature < math.inf:
         return "--temperature must be above 0: completions that are all the same teach nothing"
     return None
 
