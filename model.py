@@ -1,8 +1,8 @@
 """A small decoder transformer, its key/value cache, and how a model is saved and loaded.
 
 RMSNorm before each sublayer, grouped-query attention, SwiGLU, no biases, no dropout (the policy that samples and the
-policy that is trained must be the same function), embeddings tied to the output. Positions are learned vectors: with
-them a small model finds "the third operand" soonest.
+policy that is trained must be the same function), embeddings tied to the output. Positions are told twice: learned
+vectors make "the third operand" easy to find, rotary angles make "two tokens before me" easy to find.
 
 B rows, T token positions, S positions held in the cache, V vocabulary.
 """
@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+ROTARY_BASE = 1000.0  # the slowest channels take thousands of tokens to turn once, far more than these contexts
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ class KVCache:
         self.lengths = self.lengths[rows]
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021): turn each pair of channels of x (B, heads, T, head_dim) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -70,10 +78,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], positions: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         B, T, d_model = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         queries, keys, values = qkv.split(self.heads, dim=1)  # (B, heads, T, head_dim)
+        queries, keys = rotate(queries, *angles), rotate(keys, *angles)
         if cache is not None:
             keys, values = cache.write(self.layer, positions, keys, values)  # (B, n_kv_head, S, head_dim)
         attended = F.scaled_dot_product_attention(
@@ -113,13 +124,17 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.d_model % config.n_head or config.n_head % config.n_kv_head:
-            raise ValueError(f"d_model must be a multiple of n_head, and that of n_kv_head: {config}")
+        if config.d_model % (2 * config.n_head) or config.n_head % config.n_kv_head:
+            raise ValueError(f"d_model must be a multiple of 2 * n_head, and n_head of n_kv_head: {config}")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position = nn.Embedding(config.max_seq_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model)
+        frequency = ROTARY_BASE ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        angle = torch.arange(config.max_seq_len)[:, None] * frequency  # (max_seq_len, head_dim / 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
         self.init_weights()
 
     def init_weights(self, seed: int = 0) -> None:
@@ -152,9 +167,10 @@ class Transformer(nn.Module):
             held = torch.arange(cache.filled, device=tokens.device)
             mask = (held <= positions[:, :, None])[:, None]  # (B, 1, T, S): a token sees its row up to itself
             cache.lengths = cache.lengths + T
+        angles = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, head_dim / 2)
         x = self.embedding(tokens) + self.position(positions)
         for block in self.blocks:
-            x = block(x, positions, mask, cache)
+            x = block(x, angles, positions, mask, cache)
         logits = F.linear(self.norm(x), self.embedding.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

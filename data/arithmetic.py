@@ -1,8 +1,8 @@
 """Arithmetic problems: chains of + and -, and which of them are held out.
 
-A problem of level n has n operations. Running totals stay between 0 and MAX_TOTAL, so every step is a small fact;
-what makes a long chain hard is that its direct answer is out of reach of one forward pass of a small model, while a
-thought that writes the running total down needs only the small facts.
+A problem of level n has n operations. Running totals stay between 0 and MAX_TOTAL, so every step is a small fact. A
+thought that writes the running total down needs only these facts; an answer without one takes the whole chain in one
+forward pass, which a small model is slow to learn.
 """
 
 import random

@@ -1,9 +1,9 @@
 """The pretraining corpus: documents about arithmetic, in the styles of a web in miniature.
 
-Most documents blurt an answer out, and half of these answers are wrong: a small model that learns from them can only
-guess. Some documents work step by step, and a few of these check themselves; some slip, and are wrong ever after.
-Half of all documents use the tags of R1-Zero's format, with the styles mixed as in the other half. So the base model
-holds all the parts of a reasoner and seldom puts them together: that is left to reinforcement learning.
+Most documents blurt an answer out, and most of these answers are wrong. Some work step by step, and a few of these
+check themselves; some slip, and are wrong ever after. Half of all documents about problems use the tags of R1-Zero's
+format, with the styles mixed as in the other half. So the base model holds all the parts of a reasoner and seldom puts
+them together: that is left to reinforcement learning.
 
     python -m data.corpus     # prints ten documents
 """
@@ -16,14 +16,14 @@ from data.arithmetic import MAX_OPERAND, MAX_TOTAL, SPOKEN, Problem, apply, make
 from data.tokenizer import MAX_STEP
 
 SHARES = {  # of the documents
-    "direct": 0.60,  # an answer with no thought or a glib one, as often wrong as right
-    "steps": 0.22,  # clean steps
+    "direct": 0.57,  # an answer with no thought or a glib one, more often wrong than right
+    "steps": 0.20,  # clean steps
     "slips": 0.05,  # steps that now and then go wrong, and on from there
     "checked": 0.06,  # steps that each get a look: " ok", or " wait" and the right number
-    "other": 0.07,  # counting, comparing, single facts
+    "other": 0.12,  # tables of sums, counting, lists
 }
 TAGGED = 0.5  # share of the documents about problems that use the tags
-GUESS = 0.5  # chance that a direct answer is wrong
+GUESS = 0.6  # chance that a direct answer is wrong
 SLIP = 0.15  # chance that a step goes wrong, in the styles where it can
 GLIB = (" easy", " i know this")
 CARELESS = (" {}", " {}.", " so {}", " it is {}", " the answer is {}", " i guess {}")
@@ -78,17 +78,24 @@ def maybe_miss(rng: random.Random, right: int, chance: float) -> int:
 
 
 def small_text(rng: random.Random) -> str:
-    """A few words that are about no problem."""
+    """A few words that are about no problem: half of them tables of sums, where the facts are learned first."""
     number, other = rng.randint(0, MAX_TOTAL), rng.randint(1, MAX_OPERAND)
-    kind = rng.randrange(4)
-    if kind == 0:
+    kind = rng.choice(("table", "table", "table", "count", "neighbours", "list"))
+    if kind == "table":
+        return ",".join(f" {fact}" for fact in (small_sum(rng) for _ in range(rng.randint(2, 6)))) + "."
+    if kind == "count":
         return " count" + "".join(f" {n}" for n in range(number, number + other)) + "."
-    if kind == 1:
+    if kind == "neighbours":
         return f" after {number} comes {number + 1}, before {number + 1} comes {number}."
-    if kind == 2:
-        return f" {number + other} is more than {number}, {number} is less than {number + other}."
     indices = range(1, rng.randint(2, MAX_STEP) + 1)
     return " then".join(f"\n#{n} {rng.randint(0, MAX_TOTAL)}" for n in indices)
+
+
+def small_sum(rng: random.Random) -> str:
+    """A single fact, such as "7 plus 8 is 15"."""
+    total, operand = rng.randint(0, MAX_TOTAL), rng.randint(1, MAX_OPERAND)
+    operator = rng.choice([op for op in SPOKEN if 0 <= apply(total, op, operand) <= MAX_TOTAL])
+    return f"{total} {SPOKEN[operator]} {operand} is {apply(total, operator, operand)}"
 
 
 if __name__ == "__main__":

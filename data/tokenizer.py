@@ -17,7 +17,7 @@ WORDS = """
 what is plus minus
 it the answer so easy i know this guess
 ok wait
-count then comes after before more than less
+count then comes after before
 """.split()
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
