@@ -48,6 +48,13 @@ def is_held_out(expression: str) -> bool:
     return zlib.crc32(expression.encode()) % HELD_OUT == 0
 
 
+def is_for_training(expression: str) -> bool:
+    """Whether neither `expression` nor an opening of it of two or more operations is held out: who works through a
+    long chain works through its openings too. A chain that merely opens with a held-out one is in neither split."""
+    parts = expression.split(" ")
+    return not any(is_held_out(" ".join(parts[:end])) for end in range(min(5, len(parts)), len(parts) + 1, 2))
+
+
 def make_problem(rng: random.Random, level: int, held_out: bool = False) -> Problem:
     """A random problem of `level` operations, from the training split or the held-out one."""
     while True:
@@ -60,7 +67,7 @@ def make_problem(rng: random.Random, level: int, held_out: bool = False) -> Prob
             total = apply(total, operator, operand)
             parts += [operator, str(operand)]
         expression = " ".join(parts)
-        if is_held_out(expression) == held_out:
+        if is_held_out(expression) if held_out else is_for_training(expression):
             return write_problem(expression)
 
 
@@ -79,5 +86,5 @@ def parse_problem(text: str, language: str = "en") -> Problem:
         if i % 2 == 1 and part not in operators:
             raise ValueError(f'"{part[:20]}" stands where + or - should: {hint}')
     if len(parts) < 3 or len(parts) % 2 == 0:
-        raise ValueError(f'"{text.strip()[:40]}" is not a whole problem: {hint}')
+        raise ValueError(f'"{" ".join(text.split())[:40]}" is not a whole problem: {hint}')
     return write_problem(" ".join(operators.get(part) or str(int(part)) for part in parts), language)

@@ -62,9 +62,12 @@ def test_one_expression_in_ten_is_held_out():
 
 
 def test_no_document_holds_a_held_out_problem(documents):
-    asked = [expression_of(written.question) for written in documents if written.question]
+    """Neither as its question nor as the opening of one, which its steps would work out on the way."""
+    asked = [expression_of(written.question).split(" ") for written in documents if written.question]
     assert len(asked) > 15_000
-    assert not any(map(is_held_out, asked))
+    for parts in asked:
+        for end in range(5, len(parts) + 1, 2):
+            assert not is_held_out(" ".join(parts[:end])), parts
 
 
 def test_styles_have_their_shares(documents):
@@ -139,6 +142,7 @@ def test_any_text_comes_back_from_its_tokens(text):
         assert tokenizer.decode(tokenizer.encode(text, tags=tags)) == text
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*TAGS, "<eos>", "<pad>", "hi", " "]), max_size=6).map("".join))
 def test_text_from_users_never_becomes_a_special_token(text):
     special = {tokenizer.encode(tag, tags=True)[0] for tag in TAGS} | {tokenizer.eos_id, tokenizer.pad_id}
@@ -173,10 +177,12 @@ def test_text_that_is_no_problem_is_refused_in_one_line(text):
     assert len(str(error.value)) < 150
 
 
-@given(st.text())
+@settings(deadline=None)
+@given(st.text() | st.text("79+- \n\t?x"))
 def test_no_text_raises_anything_but_value_error(text):
     try:
         problem = parse_problem(text)
-    except ValueError:
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1
         return
     assert problem.answer == str(eval(problem.expression))
