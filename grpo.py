@@ -117,13 +117,21 @@ def policy_loss(
     (B, T) bool is True on the tokens of the outputs. clip_low and clip_high replace the variant's own. `normalizer`
     is `loss_normalizer` of the optimizer step that these rows are part of; None takes these rows for the whole.
 
-    The metrics are sums over the tokens of the mask, so that micro-batches add up; divide by "tokens".
+    The metrics are sums over the tokens of the mask, so that micro-batches add up; divide by "tokens". Raises
+    ValueError for an unknown variant, for shapes that would broadcast, and for beta > 0 without ref_logps.
     """
+    if variant not in VARIANTS:
+        raise ValueError(f'variant "{variant}" is not among {", ".join(VARIANTS)}')
+    if beta > 0 and ref_logps is None:
+        raise ValueError("beta > 0 needs ref_logps")
+    for name, x in (("mask", mask), ("old_logps", old_logps), ("ref_logps", ref_logps)):
+        if x is not None and x.shape != logps.shape:
+            raise ValueError(f"{name} {tuple(x.shape)} must have the shape of logps {tuple(logps.shape)}")
+    if advantages.shape not in (logps.shape, logps.shape[:1]):
+        raise ValueError(f"advantages {tuple(advantages.shape)} must be (B,) or have the shape of logps")
     row = VARIANTS[variant]
     clip_low = row.clip_low if clip_low is None else clip_low
     clip_high = row.clip_high if clip_high is None else clip_high
-    if logps.shape != mask.shape or advantages.shape not in (mask.shape, mask.shape[:1]):
-        raise ValueError(f"logps {tuple(logps.shape)}, advantages {tuple(advantages.shape)}, mask {tuple(mask.shape)}")
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # the same for every token of an output
     old_logps = logps.detach() if old_logps is None else old_logps  # on-policy: the ratio is 1, its gradient is not 0

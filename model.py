@@ -158,6 +158,8 @@ class Transformer(nn.Module):
         reaches a real token. With a cache the tokens continue each row after its `cache.lengths` positions.
         """
         T = tokens.shape[1]
+        if T > self.config.max_seq_len:
+            raise ValueError(f"{T} tokens exceed the context of {self.config.max_seq_len}")
         if cache is None:
             positions = torch.arange(T, device=tokens.device)[None]  # (1, T), for every row
             mask = None

@@ -6,6 +6,7 @@ python sample.py                      # asks for problems
 """
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -171,13 +172,13 @@ def answer(model: Transformer, tokenizer: Tokenizer, problem: Problem, flags: ar
     print(problem.prompt, end="")
     if flags.n == 1:
         given = extract_answer(completions[0])
-        verdict = "right" if accuracy[0] else f"wrong: it is {problem.answer}"
-        print(f"{completions[0]}\n\n" + (f"{given} is {verdict}" if given else "no answer that the rule can read"))
+        verdict = "no answer that the rule can read" if given is None else f"{given} is wrong: it is {problem.answer}"
+        print(f"{completions[0]}\n\n{f'{given} is right' if accuracy[0] else verdict}  [{flags.checkpoint}]")
         return
     advantages = group_advantages(torch.tensor(accuracy) + torch.tensor(form), flags.n).tolist()
     for i, completion in enumerate(completions):
         print(f"\n--- accuracy {accuracy[i]:.0f}  format {form[i]:.0f}  advantage {advantages[i]:+.2f}\n{completion}")
-    print(f"\n{sum(accuracy):.0f} of {flags.n} are right: the answer is {problem.answer}")
+    print(f"\n{sum(accuracy):.0f} of {flags.n} are right: the answer is {problem.answer}  [{flags.checkpoint}]")
 
 
 def main(arguments: list[str]) -> None:
@@ -188,7 +189,7 @@ def main(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("problem", nargs="?", help="such as '7 + 8 - 3'; without one, problems are asked for")
+    parser.add_argument("problem", nargs="*", help="such as '7 + 8 - 3'; without one, problems are asked for")
     parser.add_argument("--checkpoint", help="a model file [the newest out/*/r1_zero.pt]")
     parser.add_argument("-n", type=int, default=1, help="completions to sample [1]")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token [1.0]")
@@ -196,13 +197,19 @@ def main(arguments: list[str]) -> None:
     flags = parser.parse_args(arguments)
     tokenizer = get_tokenizer()
     try:
-        if flags.n < 1 or flags.temperature < 0:
-            raise ValueError("-n must be at least 1 and --temperature at least 0")
-        problem = None if flags.problem is None else parse_problem(flags.problem)
-        model = load_model(flags.checkpoint or newest_checkpoint(Path("out")))
+        if flags.n < 1:
+            raise ValueError("-n must be at least 1")
+        if flags.temperature != 0 and not 0.001 <= flags.temperature < math.inf:
+            raise ValueError("--temperature must be 0 or at least 0.001")
+        if not 0 <= flags.seed < 2**63:
+            raise ValueError("--seed must be at least 0 and below 2**63")
+        problem = parse_problem(" ".join(flags.problem)) if flags.problem else None
+        flags.checkpoint = flags.checkpoint or newest_checkpoint(Path("out"))
+        model = load_model(flags.checkpoint)
         if model.config.vocab_size != tokenizer.vocab_size:
-            known, needed = model.config.vocab_size, tokenizer.vocab_size
-            raise ValueError(f"the model has a vocab_size of {known}, not {needed}: it was trained with other words")
+            raise ValueError(
+                f"{flags.checkpoint} has a vocabulary of {model.config.vocab_size}: it learned other words"
+            )
         if problem:
             answer(model, tokenizer, problem, flags)
     except ValueError as error:
@@ -210,7 +217,7 @@ def main(arguments: list[str]) -> None:
     while problem is None:
         try:
             line = input("\nproblem (empty to leave): ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             break
         if not line.strip():
             break

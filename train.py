@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.arithmetic import Problem, make_problem, write_problem
-from data.corpus import document
+from data.corpus import document, work
 from data.tokenizer import Tokenizer, get_tokenizer
 from grpo import VARIANTS, group_advantages, loss_normalizer, policy_loss, token_entropy, token_logps
 from model import ModelConfig, Transformer, load_model, save_model
@@ -72,7 +72,7 @@ class Config:
     steps: int = 80  # rollouts
     prompts: int = 64  # P: prompts in a rollout
     group_size: int = 8  # G: completions of each prompt
-    max_new_tokens: int = 64  # where a completion is cut; it then has no answer tag and earns what the rules give
+    max_new_tokens: int = 64  # where a completion is cut; it earns what the rules give, mostly 0
     temperature: float = 1.0  # of sampling, and so of the policy that is trained
     lr: float = 6e-4  # peak learning rate
     inner_epochs: int = 1  # mu: passes over a rollout
@@ -158,6 +158,14 @@ def document_batches(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Ten
             position = torch.arange(width)
             yield ids, (position >= start[:, None]) & (position < length[:, None])
         pool += 1
+
+
+def longest_document(level: int, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest document about a problem of this level: every step is checked and mended, and tagged."""
+    problem = write_problem("1" + " + 1" * level)
+    thought, answer = work(random.Random(0), problem, slip=1.0, checked=True)
+    text = f"<think>{thought}</think><answer> {answer}</answer>"
+    return len(tokenizer.encode(problem.prompt)) + len(tokenizer.encode(text, tags=True)) + 1
 
 
 def learning_rate(peak: float, step: int, steps: int, *, warmup: int, decay_from: float) -> float:
@@ -446,7 +454,7 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
             default=argparse.SUPPRESS,
             choices=choices.get(field.name),
             metavar="",
-            help=f"{comments[field.name]} [{field.default!r}]".replace("%", "%%"),
+            help=f"{comments.get(field.name, '')} [{field.default!r}]".replace("%", "%%"),
         )
     flags = vars(parser.parse_args(arguments))
     config = Config(**PRESETS[flags.get("preset", Config.preset)] | flags)
@@ -460,31 +468,39 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
 def find_fault(config: Config) -> str | None:
     """What is wrong with a configuration, and what to do about it, in a line; None if it can run."""
     for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type is int and field.name not in ("seed", "reference_every") and value < 1:
-            return f"--{field.name} must be at least 1"
-        if field.name in ("pretrain_lr", "lr", "max_grad_norm") and not 0 < value < math.inf:
-            return f"--{field.name} must be above 0"
-        if field.name in ("beta", "clip_low", "clip_high") and value is not None and not value >= 0:
-            return f"--{field.name} must be at least 0"
+        name, value = field.name, getattr(config, field.name)
+        if field.type is int and name not in ("seed", "reference_every") and value < 1:
+            return f"--{name} must be at least 1"
+        if isinstance(value, float) and not (value >= 0 and (value < math.inf or name.startswith("clip_"))):
+            return f"--{name} must be a number of at least 0"
+        if name in ("pretrain_lr", "lr", "max_grad_norm") and value == 0:
+            return f"--{name} must be above 0"
+    if not 0 <= config.seed < 2**63:
+        return "--seed must be at least 0 and below 2**63"
+    if config.reference_every < 0:
+        return "--reference_every must be at least 0"
+    if config.reference_every and not config.beta:
+        return "--reference_every needs --beta: without a KL there is no reference"
+    if config.threads > 1024:
+        return "--threads must be at most 1024"
+    if config.temperature < 0.001:
+        return "--temperature must be at least 0.001: completions that are all the same teach nothing"
+    if config.pretrain_tokens < config.max_seq_len:
+        return f"--pretrain_tokens must be at least --max_seq_len {config.max_seq_len}, or a document may not fit"
     if config.group_size < 2:
         return "--group_size must be at least 2: an advantage is a completion measured against its group"
     if config.min_level > config.max_level:
         return f"--min_level {config.min_level} is above --max_level {config.max_level}"
     if config.eval_samples < 8:
         return "--eval_samples must be at least 8: pass@8 and maj@8 are made of 8"
-    if not 0 < config.temperature < math.inf:
-        return "--temperature must be above 0: completions that are all the same teach nothing"
     return None
 
 
 def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
     """The run's new folder and its model, random or from --init. Raises ValueError, in one line, before any work."""
     folder = Path(config.out)
-    if folder.exists():
-        raise ValueError(f"{folder} exists: name another folder with --out, or move that one away")
     try:
-        torch.zeros(1, device=config.device)
+        torch.zeros(1, device=config.device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {config.device} cannot be used here ({reason}); --device cpu can") from None
@@ -492,27 +508,32 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
     asked = ModelConfig(vocab_size=tokenizer.vocab_size, **shape)
     if config.init:
         model = load_model(config.init, config.device)
-        for name, value in asdict(asked).items():
-            if (found := getattr(model.config, name)) != value:
-                remedy = "it was trained with other words" if name == "vocab_size" else f"add --{name} {found}"
-                raise ValueError(f"{config.init} has a {name} of {found}, not {value}: {remedy}")
+        if model.config.vocab_size != tokenizer.vocab_size:
+            raise ValueError(f"{config.init} has a vocabulary of {model.config.vocab_size}: it learned other words")
+        found = asdict(model.config)
+        differing = [f"--{name} {found[name]}" for name in shape if found[name] != shape[name]]
+        if differing:
+            raise ValueError(f"{config.init} has another shape: add {' '.join(differing)}, or its --preset")
     else:
         model = Transformer(asked)
         model.init_weights(config.seed)
         model.to(config.device)
-    longest = write_problem("1" + " + 1" * (config.max_level + BEYOND))
-    needed = len(tokenizer.encode(longest.prompt)) + config.max_new_tokens
-    if needed > model.config.max_seq_len:
-        raise ValueError(
-            f"problems of level {longest.level} and --max_new_tokens {config.max_new_tokens} need {needed} tokens, "
-            f"more than the model's context of {model.config.max_seq_len} (--max_seq_len)"
-        )
+    prompt = tokenizer.encode(write_problem("1" + " + 1" * (config.max_level + BEYOND)).prompt)
+    longest = {
+        f"level {config.max_level + BEYOND} with --max_new_tokens": len(prompt) + config.max_new_tokens,
+        f"documents of --max_level {config.max_level}": longest_document(config.max_level, tokenizer),
+    }
+    for name, tokens in longest.items():
+        if tokens > config.max_seq_len:
+            raise ValueError(f"{name}: {tokens} tokens exceed the context of {config.max_seq_len} (--max_seq_len)")
     try:
         folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(f"{folder} exists: name another folder with --out, or move that one away") from None
     except OSError as error:
-        raise ValueError(f"{folder} cannot be made ({error.strerror}): name another folder with --out") from None
+        raise ValueError(f"--out {folder} cannot be made ({error.strerror}): name another folder") from None
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    for source in ("grpo.py", "rewards.py"):  # what people change between runs
+    for source in ("grpo.py", "rewards.py", "train.py"):  # what people change between runs
         shutil.copy(Path(__file__).parent / source, folder)
     return folder, model
 
@@ -560,7 +581,8 @@ def main(arguments: list[str]) -> None:
     with (folder / "log.jsonl").open("w", buffering=1) as log_file:
 
         def log(record: dict) -> None:
-            log_file.write(json.dumps(record) + "\n")
+            readable = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in record.items()}
+            log_file.write(json.dumps(readable) + "\n")
 
         started = time.perf_counter()
         if not config.init:
@@ -585,7 +607,10 @@ def main(arguments: list[str]) -> None:
     result = {"device": config.device, "seed": config.seed, "seconds": seconds, "base": base, "r1_zero": r1_zero}
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"\n{shown}\n\n{table(base, r1_zero)}\n")
-    print(" ".join(f"{name} {value:.0f} s" for name, value in seconds.items()), f"-> {folder}/")
+    print(
+        f"pretraining {seconds['pretrain']:.0f} s, GRPO {seconds['grpo']:.0f} s, "
+        f"with both evaluations {seconds['total']:.0f} s -> {folder}/"
+    )
 
 
 if __name__ == "__main__":

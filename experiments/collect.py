@@ -9,10 +9,16 @@ import json
 import platform
 import re
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms above it
+
+from train import Config
+
+COMMAND = "python train.py --seed SEED"
 ROWS = {
     "pass@1": "right answers, temperature 1 (pass@1)",
     "greedy": "right answers, greedy",
@@ -34,9 +40,9 @@ def cells(runs: list[dict], name: str) -> str:
     texts = []
     for model in ("base", "r1_zero"):
         values = [run[model][name] for run in runs]
-        scale, unit, digits = (1, "", 1) if name.endswith("tokens") else (100, " %", 1)
+        scale, unit = (1, "") if name.endswith("tokens") else (100, " %")
         low, high, mean = (scale * value for value in (min(values), max(values), sum(values) / len(values)))
-        texts.append(f"{mean:.{digits}f}{unit} ({low:.{digits}f}-{high:.{digits}f})")
+        texts.append(f"{mean:.1f}{unit} ({low:.1f}-{high:.1f})")
     return " | ".join(texts)
 
 
@@ -57,20 +63,25 @@ def table(results: dict) -> str:
 
 
 def main(folders: list[str]) -> None:
-    runs = [json.loads((Path(folder) / "result.json").read_text()) for folder in folders]
+    runs = []
+    for folder in map(Path, folders):
+        config = Config(**json.loads((folder / "config.json").read_text()))
+        if replace(config, seed=0, out="") != Config():
+            sys.exit(f"{folder} was not made by `{COMMAND}` alone: its config.json differs from the defaults")
+        runs.append(json.loads((folder / "result.json").read_text()))
     results = {
-        "command": "python train.py --seed SEED",
+        "command": COMMAND,
         "hardware": processor(),
         "torch": version("torch"),
         "runs": sorted(runs, key=lambda run: run["seed"]),
     }
-    path = ROOT / "experiments" / "results" / "cpu.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
     readme = ROOT / "README.md"
-    start, end = "<!-- results: made by experiments/collect.py -->\n", "\n<!-- end of results -->"
-    before, _, rest = readme.read_text().partition(start)
-    _, _, after = rest.partition(end)
-    readme.write_text(before + start + table(results) + end + after)
+    before, start, rest = readme.read_text().partition("<!-- results: made by experiments/collect.py -->\n")
+    _, end, after = rest.partition("<!-- end of results -->")
+    if not (start and end):
+        sys.exit("README.md has lost the comments between which the table stands")
+    (ROOT / "experiments" / "results" / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    readme.write_text(before + start + table(results) + "\n" + end + after)
     print(table(results))
 
 

@@ -123,6 +123,15 @@ def test_clip_stops_the_gradient_only_where_the_ratio_has_gone_the_way_that_pays
     assert ratio.grad == slope
 
 
+def test_clip_metrics_count_the_tokens_whose_gradient_the_clip_stops():
+    ratios = torch.tensor([[1.0, 0.5, 0.5, 1.0, 1.5, 1.5], [1.0, 0.5, 1.5, 1.5, 1.5, 0.5]], dtype=torch.float64)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]]).bool()
+    _, metrics = policy_loss(ratios.log(), torch.tensor([-1.0, 1.0]), mask, old_logps=torch.zeros(2, 6))
+    assert metrics["clip_low"] == 2, "A < 0 and the ratio low: the first row's two"
+    assert metrics["clip_high"] == 3, "A > 0 and the ratio high: the second row's three"
+    assert metrics["tokens"] == 9
+
+
 def test_clip_bounds_can_be_set_apart_and_switched_off():
     logps, old_logps, _, advantages, mask = random_batch()
     infinite, metrics = policy_loss(logps, advantages, mask, old_logps=old_logps, clip_low=math.inf, clip_high=math.inf)
@@ -158,6 +167,13 @@ def test_shapes_that_would_broadcast_wrongly_are_refused():
         policy_loss(logps, advantages[:, None], mask)
     with pytest.raises(ValueError, match="mask"):
         policy_loss(logps, advantages, mask[:, 1:])
+    for name in ("old_logps", "ref_logps"):
+        with pytest.raises(ValueError, match=name):
+            policy_loss(logps, advantages, mask, **{name: logps.detach()[:, :1]})
+    with pytest.raises(ValueError, match="needs ref_logps"):
+        policy_loss(logps, advantages, mask, beta=0.1)
+    with pytest.raises(ValueError, match='"ppo" is not among grpo'):
+        policy_loss(logps, advantages, mask, variant="ppo")
 
 
 def test_advantages_equal_the_loop_with_the_n_minus_1_deviation():

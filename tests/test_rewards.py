@@ -1,11 +1,13 @@
 """The rules, against what people have tried on such rules, and against a second parser."""
 
+import doctest
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rewards
 from rewards import accuracy_reward, extract_answer, format_reward
 
 GOOD = "<think> 7 plus 8 is 15</think><answer> 15</answer>"
@@ -57,6 +59,10 @@ CASES = [
 def test_rules(completion, accuracy, form):
     assert accuracy_reward(completion, "15") == accuracy
     assert format_reward(completion) == form
+
+
+def test_the_examples_of_the_docstring_are_true():
+    assert doctest.testmod(rewards) == (0, 4)
 
 
 def test_negative_answers_count():

@@ -14,11 +14,11 @@ import torch
 
 import sample
 import train
-from data.arithmetic import is_held_out, make_problem
+from data.arithmetic import is_for_training, is_held_out, make_problem, write_problem
 from data.tokenizer import get_tokenizer
-from grpo import loss_normalizer, policy_loss, token_logps
+from grpo import VARIANTS, Variant, loss_normalizer, policy_loss, token_entropy, token_logps
 from model import ModelConfig, Transformer, load_model, save_model
-from sample import generate
+from sample import Rollout, generate
 from train import Config, document_batches, learning_rate, majority_is_right, pass_at_k, sample_problems, stream
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def test_problems_of_a_step_share_the_levels_and_keep_to_their_split():
     for held_out in (False, True):
         problems = sample_problems(Config(min_level=2, max_level=5), "any", 3, 64, held_out=held_out)
         assert [sum(problem.level == level for problem in problems) for level in range(2, 6)] == [16] * 4
-        assert all(is_held_out(problem.expression) == held_out for problem in problems)
+        assert all((is_held_out if held_out else is_for_training)(problem.expression) for problem in problems)
 
 
 def test_pretraining_predicts_the_answer_and_the_end_but_neither_question_nor_padding():
@@ -159,10 +159,42 @@ def run_grpo(config):
     return model, records
 
 
-def test_sampler_and_trainer_agree_at_every_step():
-    _, records = run_grpo(SMALL)
-    assert len(records) == 2
+@pytest.fixture
+def always_signal(monkeypatch):
+    """Rewards that differ within nearly every group, so that even a random model is updated."""
+
+    def score(config, problems, completions):
+        return dict.fromkeys(
+            ("reward", "accuracy", "format"), torch.tensor([float(len(text) % 5) for text in completions])
+        )
+
+    monkeypatch.setattr(train, "score", score)
+
+
+def spy(monkeypatch, name):
+    """Let `train.name` work as before and record its arguments and results."""
+    calls, honest = [], getattr(train, name)
+
+    def recorded(*args, **kwargs):
+        result = honest(*args, **kwargs)
+        calls.append((args, kwargs, result))
+        return result
+
+    monkeypatch.setattr(train, name, recorded)
+    return calls
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree_at_every_step_though_the_policy_moves(always_signal, temperature):
+    """At a temperature that is not 1, so that forgetting it anywhere shows: in the sampler, the trainer, the KL."""
+    config = replace(SMALL, steps=3, lr=1e-2, temperature=temperature, beta=0.01, minibatches=2)
+    model, records = run_grpo(config)
+    assert len(records) == 3
     assert all(record["logp_gap"] < 1e-4 for record in records)
+    assert (model.embedding.weight - small_model().embedding.weight).abs().max() > 1e-3
+    _, first = run_grpo(replace(config, steps=1, minibatches=1))
+    assert first[0]["kl"] == pytest.approx(0, abs=1e-7)
+    assert first[0]["ratio"] == pytest.approx(1, abs=1e-5)
 
 
 def test_logp_gap_shows_a_sampler_that_disagrees(monkeypatch):
@@ -176,24 +208,59 @@ def test_logp_gap_shows_a_sampler_that_disagrees(monkeypatch):
     assert records[0]["logp_gap"] > 1e-3
 
 
-def test_one_update_of_the_whole_rollout_is_on_policy_and_later_epochs_are_not():
-    _, on_policy = run_grpo(replace(SMALL, steps=1, minibatches=1))
-    assert on_policy[0]["ratio"] == pytest.approx(1, abs=1e-5)
-    _, twice = run_grpo(replace(SMALL, steps=1, minibatches=1, inner_epochs=2, lr=1e-2, format_weight=1.0))
-    assert "kl" not in twice[0]
+def test_grpo_sees_training_problems_and_new_ones_and_new_noise_at_each_step(monkeypatch):
+    problems, rollouts = spy(monkeypatch, "sample_problems"), spy(monkeypatch, "generate")
+    run_grpo(replace(SMALL, steps=3, eval_every=100))
+    trained = [result for args, _, result in problems if args[1] == "problems"]
+    assert len(trained) == 3
+    assert all(is_for_training(problem.expression) for batch in trained for problem in batch)
+    assert len({tuple(problem.expression for problem in batch) for batch in trained}) == 3
+    assert len({kwargs["seed"] for _, kwargs, _ in rollouts[:3]}) == 3
+    looked = [result for args, _, result in problems if args[1] == "quick look"]
+    assert looked
+    assert all(is_held_out(problem.expression) for problem in looked[0])
 
 
-def signal(completions):
-    """Rewards that always differ within a group, so that even a random model is updated."""
-    return torch.tensor([float(len(completion) % 5) for completion in completions])
+def test_every_row_is_trained_once_in_each_epoch_by_fresh_clipped_steps_of_the_logged_rate(monkeypatch, always_signal):
+    config = replace(SMALL, steps=2, minibatches=3, inner_epochs=2, lr=0.02, max_grad_norm=0.5)
+    clean, honest = [], train.accumulate_gradient
+
+    def accumulate(config, model, *args):
+        clean.append(all(weight.grad is None or not weight.grad.any() for weight in model.parameters()))
+        return honest(config, model, *args)
+
+    clipped, honest_step = [], torch.optim.AdamW.step
+
+    def step(optimizer, *args, **kwargs):
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norm = torch.stack([weight.grad.norm() for weight in weights]).norm().item()
+        clipped.append((norm, {group["lr"] for group in optimizer.param_groups}))
+        return honest_step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradient", accumulate)
+    calls = spy(monkeypatch, "accumulate_gradient")
+    _, records = run_grpo(config)
+    minibatches = [args[-1].tolist() for args, _, _ in calls]
+    assert len(minibatches) == len(clipped) == 2 * 2 * 3
+    for first in range(0, 12, 3):
+        assert sorted(itertools.chain(*minibatches[first : first + 3])) == list(range(16))
+    assert minibatches[:3] != minibatches[3:6], "each epoch has an order of its own"
+    assert all(clean), "the gradients of one update do not reach the next"
+    assert max(norm for norm, _ in clipped) <= 0.5 + 1e-5
+    assert max(record["grad_norm"] for record in records) > 0.5, "something should have been clipped"
+    assert [rates for _, rates in clipped] == [{record["lr"]} for record in records for _ in range(6)]
 
 
-@pytest.fixture
-def always_signal(monkeypatch):
-    def score(config, problems, completions):
-        return dict.fromkeys(("reward", "accuracy", "format"), signal(completions))
-
-    monkeypatch.setattr(train, "score", score)
+def test_the_variant_decides_the_scale_of_the_advantages_and_the_objective(monkeypatch, always_signal):
+    monkeypatch.setitem(VARIANTS, "plain", Variant(scale="none", clip_low=0.1, clip_high=0.3))
+    scored, losses = spy(monkeypatch, "score"), spy(monkeypatch, "policy_loss")
+    run_grpo(replace(SMALL, steps=1, minibatches=1, micro_batch=16, variant="plain"))
+    ((args, kwargs, _),) = losses
+    assert kwargs["variant"] == "plain"
+    groups = scored[0][2]["reward"].view(4, 4)
+    expected = (groups - groups.mean(dim=1, keepdim=True)).flatten()
+    torch.testing.assert_close(args[1].sort().values, expected.sort().values)
 
 
 def test_the_reference_is_the_base_model_until_it_is_refreshed(always_signal):
@@ -207,8 +274,11 @@ def test_the_reference_is_the_base_model_until_it_is_refreshed(always_signal):
 
 
 def test_inner_epochs_move_the_ratio_away_from_1(always_signal):
-    _, records = run_grpo(replace(SMALL, steps=1, minibatches=1, inner_epochs=3, lr=3e-2))
-    assert abs(records[0]["ratio"] - 1) > 1e-4
+    _, once = run_grpo(replace(SMALL, steps=1, minibatches=1, lr=3e-2))
+    assert once[0]["ratio"] == pytest.approx(1, abs=1e-5)
+    assert "kl" not in once[0]
+    _, thrice = run_grpo(replace(SMALL, steps=1, minibatches=1, inner_epochs=3, lr=3e-2))
+    assert abs(thrice[0]["ratio"] - 1) > 1e-4
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(always_signal):
@@ -223,6 +293,92 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(always_signal
     assert not torch.equal(one, weights(replace(SMALL, seed=1)))
 
 
+def test_metrics_of_a_rollout_are_over_all_rows_and_count_what_they_say():
+    mask = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1]]).bool()
+    finished = torch.tensor([True, True, False, True])
+    rollout = Rollout(torch.zeros(4, 4), mask, torch.zeros(4, 4), finished)
+    accuracy, form = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    rewards = {"reward": accuracy + form, "accuracy": accuracy, "format": form}
+    assert train.rollout_metrics(Config(group_size=2), rollout, rewards) == {
+        "reward": 1.5, "accuracy": 0.75, "format": 0.75, "completion_tokens": 2.0, "cut": 0.25, "no_signal": 1.0
+    }  # fmt: skip
+    assert train.rollout_metrics(Config(group_size=4), rollout, rewards)["no_signal"] == 0.0
+
+
+def test_metrics_of_the_updates_are_means_over_tokens_whatever_the_minibatches():
+    model = small_model()
+    rollout = small_rollout(model)
+    rollout.mask &= rollout.mask.cumsum(dim=1) <= torch.arange(16)[:, None] % 11 + 1
+    advantages = torch.ones(16)
+    logits = model(rollout.tokens)
+    expected = token_entropy(logits)[rollout.mask].mean().item()
+    for parts in (1, 3):
+        minibatches = torch.arange(16).chunk(parts)
+        updates = [train.accumulate_gradient(SMALL, model, rollout, advantages, None, rows) for rows in minibatches]
+        for sums in updates:
+            sums["grad_norm"] = 2.0
+        metrics = train.update_metrics(updates)
+        assert metrics["entropy"] == pytest.approx(expected, rel=1e-5)
+        assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
+        assert metrics["grad_norm"] == 2.0
+
+
+def test_evaluation_counts_what_it_says(monkeypatch):
+    """Hand-made completions of two problems, 16 each, and every metric worked out beside them."""
+    problems = [write_problem("1 + 2 + 3"), write_problem("9 - 2 - 1 + 1")]
+    right = [f"<think> a b</think><answer> {problem.answer}</answer>" for problem in problems]
+    wrong, bare = "<think> a</think><answer> 5</answer>", "5."
+    sampled = [
+        [(right[0], 8)] * 4 + [(wrong, 7)] * 4 + [(wrong, 7)] * 5 + [(bare, 2)] * 3,  # majority: tie won, then lost
+        [(right[1], 8)] * 12 + [(bare, 2)] * 4,
+    ]
+
+    def answers(config, model, tokenizer, asked, samples, temperature):
+        if temperature == 0:
+            return [[(right[0], 8)], [(bare, 2)]]
+        if samples == 16:
+            return sampled
+        assert all(is_held_out(problem.expression) and problem.level in (3, 4) for problem in asked)
+        return [[(f"<answer>{problem.answer}</answer>", 3)] + [(bare, 2)] * (samples - 1) for problem in asked]
+
+    def chosen(config, purpose, step, count, *, held_out):
+        assert held_out
+        return problems
+
+    monkeypatch.setattr(train, "answer_problems", answers)
+    monkeypatch.setattr(train, "sample_problems", chosen)
+    metrics = train.evaluate(Config(max_level=2), None, tokenizer)
+    words = len(tokenizer.encode(" a b")), len(tokenizer.encode(" a"))
+    assert {name: value for name, value in metrics.items() if not isinstance(value, dict)} == pytest.approx(
+        {
+            "pass@1": (4 / 16 + 12 / 16) / 2,
+            "pass@8": (pass_at_k(16, 4, 8) + 1) / 2,
+            "maj@8": (1 + 0 + 1 + 1) / 4,
+            "greedy": 0.5,
+            "format": (13 + 12) / 32,
+            "completion_tokens": (16 * 8 + 9 * 7 + 7 * 2) / 32,
+            "think_tokens": (16 * words[0] + 9 * words[1]) / 25,
+        }
+    )
+    assert metrics["by_level"] == {"2": 0.25, "3": 0.75}
+    assert metrics["by_language"] == {"en": 0.5}
+    assert metrics["beyond"] == {"3": 0.25, "4": 0.25}
+
+
+def test_evaluation_in_parts_is_evaluation_of_the_whole(monkeypatch):
+    """130 problems take two calls of `generate`; the noise of the second goes on where the first ended."""
+    calls = spy(monkeypatch, "generate")
+    problems = sample_problems(SMALL, "evaluation", 0, 130, held_out=True)
+    answers = train.answer_problems(SMALL, small_model(), tokenizer, problems, 2, 1.0)
+    assert [len(group) for group in answers] == [2] * 130
+    assert [(len(args[1]), kwargs["first_row"], kwargs["group_size"]) for args, kwargs, _ in calls] == [
+        (128, 0, 2),
+        (2, 256, 2),
+    ]
+    assert len({kwargs["seed"] for _, kwargs, _ in calls}) == 1
+    assert answers[0][0][1] == calls[0][2].mask[0].sum()
+
+
 # ------------------------------------------------------------------------------------------------- the command line
 
 
@@ -232,7 +388,9 @@ def test_every_knob_is_a_flag_with_a_comment_for_its_help(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for field in fields(Config):
-        assert f"--{field.name} " in shown
+        line = next(line for line in shown.splitlines() if line.startswith(f"  --{field.name} "))
+        words = shown[shown.index(line) + len(field.name) + 4 :].split("[")[0]
+        assert words.strip(), f"{field.name} needs a comment in Config, two spaces before its #"
         assert f"[{field.default!r}]" in shown
 
 
@@ -264,12 +422,22 @@ def refused(command, arguments, capsys):
         (["--group_size", "1"], "--group_size must be at least 2"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--n_head", "0"], "--n_head must be at least 1"),
-        (["--lr", "nan"], "--lr must be above 0"),
-        (["--beta", "-1"], "--beta must be at least 0"),
+        (["--lr", "0"], "--lr must be above 0"),
+        (["--lr", "nan"], "--lr must be a number of at least 0"),
+        (["--beta", "-1"], "--beta must be a number of at least 0"),
+        (["--beta", "inf"], "--beta must be a number of at least 0"),
+        (["--format_weight", "inf"], "--format_weight must be a number of at least 0"),
+        (["--reference_every", "5"], "--reference_every needs --beta"),
+        (["--reference_every", "-1"], "--reference_every must be at least 0"),
+        (["--threads", "99999999999"], "--threads must be at most 1024"),
+        (["--seed", "99999999999999999999"], "--seed must be at least 0 and below 2**63"),
+        (["--pretrain_tokens", "1"], "--pretrain_tokens must be at least --max_seq_len 96"),
+        (["--max_level", "9", "--max_new_tokens", "20"], "documents of --max_level 9: 102 tokens exceed the context"),
         (["--min_level", "6"], "--min_level 6 is above --max_level 5"),
-        (["--temperature", "0"], "--temperature must be above 0"),
+        (["--temperature", "0"], "--temperature must be at least 0.001"),
         (["--max_seq_len", "70"], "context of 70"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+        (["--device", "meta"], "--device meta cannot be used here"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
         (["--init", "nowhere/base.pt"], "nowhere/base.pt: there is no such model file"),
         (["--n_head", "5"], "n_head"),
@@ -287,6 +455,7 @@ def test_a_run_never_overwrites_another(capsys, tmp_path):
     for name in ("run", "file"):
         assert "exists" in refused(train.main, ["--out", str(tmp_path / name)], capsys)
     assert "cannot be made (Not a directory)" in refused(train.main, ["--out", str(tmp_path / "file" / "run")], capsys)
+    assert "cannot be made (File name too long)" in refused(train.main, ["--out", str(tmp_path / ("x" * 300))], capsys)
     assert (tmp_path / "run" / "r1_zero.pt").read_text() == (tmp_path / "file").read_text() == "precious"
 
 
@@ -294,12 +463,14 @@ def test_models_of_another_shape_or_vocabulary_are_refused(capsys, tmp_path):
     save_model(tmp_path / "other.pt", Transformer(ModelConfig(vocab_size=50, **SHAPE)))
     save_model(tmp_path / "short.pt", Transformer(ModelConfig(tokenizer.vocab_size, **SHAPE | {"max_seq_len": 30})))
     (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:3000])
-    for name, complaint in (("other", "vocab_size of 50"), ("cut", "cut.pt"), ("missing", "missing.pt")):
+    for name, complaint in (("other", "vocabulary of 50"), ("cut", "cut.pt"), ("missing", "missing.pt")):
         path = str(tmp_path / f"{name}.pt")
         assert complaint in refused(train.main, ["--init", path, "--out", str(tmp_path / "run")], capsys)
         assert complaint in refused(sample.main, ["7 + 8 - 3", "--checkpoint", path], capsys)
     path = str(tmp_path / "short.pt")
-    assert "add --n_layer 1" in refused(train.main, ["--init", path, "--out", str(tmp_path / "run")], capsys)
+    assert "add --n_layer 1 --n_head 2 --n_kv_head 1 --d_model 16 --d_ff 24 --max_seq_len 30" in refused(
+        train.main, ["--init", path, "--out", str(tmp_path / "run")], capsys
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -311,6 +482,8 @@ def test_problems_that_sample_cannot_ask_are_refused(capsys, tmp_path, monkeypat
     assert '"banana" stands where a number' in refused(sample.main, ["7 + banana", *arguments], capsys)
     assert "context of 96" in refused(sample.main, [" + ".join("7" * 60), *arguments], capsys)
     assert "-n must be at least 1" in refused(sample.main, ["7 + 8", "-n", "0", *arguments], capsys)
+    assert "--temperature must" in refused(sample.main, ["7 + 8", "--temperature", "nan", *arguments], capsys)
+    assert "--seed must" in refused(sample.main, ["7 + 8", "--seed", "9" * 20, *arguments], capsys)
 
 
 # ------------------------------------------------------------------------------------------------ from end to end
@@ -361,9 +534,11 @@ def test_the_run_folder_holds_what_it_should(tiny_run):
     folder, _ = tiny_run
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "config.json", "log.jsonl", "base.pt", "r1_zero.pt", "samples.txt", "grpo.py", "rewards.py", "result.json"
+        "config.json", "log.jsonl", "base.pt", "r1_zero.pt", "samples.txt", "result.json",
+        "grpo.py", "rewards.py", "train.py",
     }  # fmt: skip
-    assert (folder / "grpo.py").read_text() == (ROOT / "grpo.py").read_text()
+    for source in ("grpo.py", "rewards.py", "train.py"):
+        assert (folder / source).read_text() == (ROOT / source).read_text()
     config = Config(**json.loads((folder / "config.json").read_text()))
     assert config == replace(Config(**train.PRESETS["tiny"]), preset="tiny", out=str(folder))
     assert asdict(load_model(folder / "r1_zero.pt").config)["d_model"] == config.d_model
@@ -395,8 +570,9 @@ def test_a_trained_model_answers_a_typed_problem(tiny_run, capsys):
     sample.main(["2 + 3 - 1", *checkpoint])
     shown = capsys.readouterr().out
     assert shown.startswith("User: what is 2 plus 3 minus 1?\nAssistant:")
+    assert shown.endswith(f"  [{checkpoint[1]}]\n")
     assert any(verdict in shown for verdict in ("is right", "is wrong: it is 4", "no answer that the rule can read"))
-    sample.main(["2 + 3 - 1", "-n", "8", *checkpoint])
+    sample.main(["2", "+", "3", "-", "1", "-n", "8", *checkpoint])
     shown = capsys.readouterr().out
     assert shown.count("--- accuracy") == 8
     assert "of 8 are right: the answer is 4" in shown
