@@ -172,8 +172,11 @@ def answer(model: Transformer, tokenizer: Tokenizer, problem: Problem, flags: ar
     print(problem.prompt, end="")
     if flags.n == 1:
         given = extract_answer(completions[0])
-        verdict = "no answer that the rule can read" if given is None else f"{given} is wrong: it is {problem.answer}"
-        print(f"{completions[0]}\n\n{f'{given} is right' if accuracy[0] else verdict}  [{flags.checkpoint}]")
+        if given is None:
+            verdict = "no answer that the rule can read"
+        else:
+            verdict = f"{given} is right" if accuracy[0] else f"{given} is wrong: it is {problem.answer}"
+        print(f"{completions[0]}\n\n{verdict}  [{flags.checkpoint}]")
         return
     advantages = group_advantages(torch.tensor(accuracy) + torch.tensor(form), flags.n).tolist()
     for i, completion in enumerate(completions):
