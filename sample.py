@@ -1,8 +1,10 @@
 """Sampling: G completions for each prompt, with a key/value cache; and the command that talks to a checkpoint.
 
-python sample.py "7 + 8 - 3"          # the newest run thinks and answers
-python sample.py "7 + 8 - 3" -n 8     # a group of 8, with its rewards and advantages
-python sample.py                      # asks for problems
+    python sample.py "7 + 8 - 3"          # the newest run thinks and answers
+    python sample.py "7 + 8 - 3" -n 8     # a group of 8, with R1-Zero's rewards and GRPO's advantages
+    python sample.py                      # asks for problems
+
+B rows, G of them for each of P prompts; T token positions; V vocabulary.
 """
 
 import argparse

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.arithmetic import Problem, make_problem, write_problem
-from data.corpus import document, work
+from data.corpus import Document, document, longest_document
 from data.tokenizer import Tokenizer, get_tokenizer
 from grpo import VARIANTS, group_advantages, loss_normalizer, policy_loss, token_entropy, token_logps
 from model import ModelConfig, Transformer, load_model, save_model
@@ -128,6 +128,12 @@ def sample_problems(config: Config, purpose: str, step: int, count: int, *, held
 BATCHES_PER_POOL = 16
 
 
+def encode_document(written: Document, tokenizer: Tokenizer) -> tuple[int, list[int]]:
+    """The tokens of a document, the end token last, and how many of them are its question."""
+    question = tokenizer.encode(written.question)
+    return len(question), [*question, *tokenizer.encode(written.text, tags=True), tokenizer.eos_id]
+
+
 def document_batches(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of documents: tokens (B, T), right-padded, and the mask (B, T) of those to predict.
 
@@ -140,9 +146,7 @@ def document_batches(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Ten
         rng = stream(config.seed, "documents", pool)
         rows, tokens = [], 0
         while tokens < BATCHES_PER_POOL * config.pretrain_tokens:
-            written = document(rng, levels)
-            question = tokenizer.encode(written.question)
-            rows.append((len(question), question + tokenizer.encode(written.text, tags=True) + [tokenizer.eos_id]))
+            rows.append(encode_document(document(rng, levels), tokenizer))
             tokens += len(rows[-1][1])
         rows.sort(key=lambda row: len(row[1]))
         batches, count = [[] for _ in range(BATCHES_PER_POOL)], 0
@@ -158,14 +162,6 @@ def document_batches(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Ten
             position = torch.arange(width)
             yield ids, (position >= start[:, None]) & (position < length[:, None])
         pool += 1
-
-
-def longest_document(level: int, tokenizer: Tokenizer) -> int:
-    """Tokens of the longest document about a problem of this level: every step is checked and mended, and tagged."""
-    problem = write_problem("1" + " + 1" * level)
-    thought, answer = work(random.Random(0), problem, slip=1.0, checked=True)
-    text = f"<think>{thought}</think><answer> {answer}</answer>"
-    return len(tokenizer.encode(problem.prompt)) + len(tokenizer.encode(text, tags=True)) + 1
 
 
 def learning_rate(peak: float, step: int, steps: int, *, warmup: int, decay_from: float) -> float:
@@ -518,10 +514,11 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
         model = Transformer(asked)
         model.init_weights(config.seed)
         model.to(config.device)
+    _, document_ids = encode_document(longest_document(config.max_level), tokenizer)
     prompt = tokenizer.encode(write_problem("1" + " + 1" * (config.max_level + BEYOND)).prompt)
     longest = {
         f"level {config.max_level + BEYOND} with --max_new_tokens": len(prompt) + config.max_new_tokens,
-        f"documents of --max_level {config.max_level}": longest_document(config.max_level, tokenizer),
+        f"documents of --max_level {config.max_level}": len(document_ids),
     }
     for name, tokens in longest.items():
         if tokens > config.max_seq_len:

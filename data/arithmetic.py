@@ -55,15 +55,19 @@ def is_for_training(expression: str) -> bool:
     return not any(is_held_out(" ".join(parts[:end])) for end in range(min(5, len(parts)), len(parts) + 1, 2))
 
 
+def random_operation(rng: random.Random, total: int) -> tuple[str, int]:
+    """An operator and an operand that keep the running total between 0 and MAX_TOTAL."""
+    operand = rng.randint(1, MAX_OPERAND)
+    return rng.choice([operator for operator in SPOKEN if 0 <= apply(total, operator, operand) <= MAX_TOTAL]), operand
+
+
 def make_problem(rng: random.Random, level: int, held_out: bool = False) -> Problem:
     """A random problem of `level` operations, from the training split or the held-out one."""
     while True:
         total = rng.randint(1, MAX_OPERAND)
         parts = [str(total)]
         for _ in range(level):
-            operand = rng.randint(1, MAX_OPERAND)
-            allowed = [op for op in SPOKEN if 0 <= apply(total, op, operand) <= MAX_TOTAL]
-            operator = rng.choice(allowed)
+            operator, operand = random_operation(rng, total)
             total = apply(total, operator, operand)
             parts += [operator, str(operand)]
         expression = " ".join(parts)

@@ -12,7 +12,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.arithmetic import MAX_OPERAND, MAX_TOTAL, SPOKEN, Problem, apply, make_problem
+from data.arithmetic import (
+    MAX_OPERAND,
+    MAX_TOTAL,
+    SPOKEN,
+    Problem,
+    apply,
+    make_problem,
+    random_operation,
+    write_problem,
+)
 from data.tokenizer import MAX_STEP
 
 SHARES = {  # of the documents
@@ -26,6 +35,7 @@ TAGGED = 0.5  # share of the documents about problems that use the tags
 GUESS = 0.6  # chance that a direct answer is wrong
 SLIP = 0.15  # chance that a step goes wrong, in the styles where it can
 GLIB = (" easy", " i know this")
+TAGS_AROUND = "<think>{}</think><answer> {}</answer>"
 CARELESS = (" {}", " {}.", " so {}", " it is {}", " the answer is {}", " i guess {}")
 
 
@@ -50,10 +60,17 @@ def document(rng: random.Random, levels: Sequence[int]) -> Document:
     else:
         thought, answer = work(rng, problem, slip=0.0 if style == "steps" else SLIP, checked=style == "checked")
     if tagged:
-        text = f"<think>{thought}</think><answer> {answer}</answer>"
+        text = TAGS_AROUND.format(thought, answer)
     else:
         text = thought + "\n" * bool(thought) + rng.choice(CARELESS).format(answer)
     return Document(problem.prompt, text, style)
+
+
+def longest_document(level: int) -> Document:
+    """A document with as many tokens as one about a problem of this level can have: each step is checked and mended."""
+    problem = write_problem("1" + " + 1" * level)
+    text = TAGS_AROUND.format(*work(random.Random(0), problem, slip=1.0, checked=True))
+    return Document(problem.prompt, text, "checked")
 
 
 def work(rng: random.Random, problem: Problem, slip: float, checked: bool) -> tuple[str, str]:
@@ -93,8 +110,8 @@ def small_text(rng: random.Random) -> str:
 
 def small_sum(rng: random.Random) -> str:
     """A single fact, such as "7 plus 8 is 15"."""
-    total, operand = rng.randint(0, MAX_TOTAL), rng.randint(1, MAX_OPERAND)
-    operator = rng.choice([op for op in SPOKEN if 0 <= apply(total, op, operand) <= MAX_TOTAL])
+    total = rng.randint(0, MAX_TOTAL)
+    operator, operand = random_operation(rng, total)
     return f"{total} {SPOKEN[operator]} {operand} is {apply(total, operator, operand)}"
 
 
