@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data.arithmetic import Problem, make_problem, write_problem
 from data.corpus import Document, document, longest_document
 from data.tokenizer import Tokenizer, get_tokenizer
-from grpo import VARIANTS, group_advantages, loss_normalizer, policy_loss, token_entropy, token_logps
+from grpo import KL_TERMS, VARIANTS, group_advantages, loss_normalizer, policy_loss, token_entropy, token_logps
 from model import ModelConfig, Transformer, load_model, save_model
 from rewards import accuracy_reward, extract_answer, format_reward
 from sample import Rollout, decode_completions, generate
@@ -81,6 +81,7 @@ class Config:
     clip_low: float | None = None  # the ratio may fall to 1 - this; None: the variant's own
     clip_high: float | None = None  # the ratio may rise to 1 + this; None: the variant's own
     beta: float = 0.0  # weight of the KL to the reference; 0: no reference at all
+    kl: str = "k3"  # what beta weighs: k1, k2, k3 (as published), or one times the ratio: k3_ratio (grpo.kl_penalty)
     reference_every: int = 0  # steps until the policy becomes the reference (R1: 400); 0: the base model stays it
     accuracy_weight: float = 1.0  # of the accuracy reward
     format_weight: float = 1.0  # of the format reward; equal weights are R1-Zero's
@@ -188,24 +189,32 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: flo
     return norm
 
 
+def stop_if_not_finite(phase: str, step: int, metrics: dict[str, float], advice: str) -> None:
+    """Raise FloatingPointError, in one line, for the first of the metrics that is NaN or infinite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{phase} stopped at step {step + 1}: {name} is {value}; {advice}")
+
+
 def pretrain(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log) -> None:
     """Next-token prediction on the web in miniature: what comes out is the base model."""
     optimizer = make_optimizer(model, weight_decay=0.1)
     batches = document_batches(config, tokenizer)
-    losses = []
+    losses, norms = [], []
     bar = tqdm(range(config.pretrain_steps), desc="pretrain", unit="step", dynamic_ncols=True, disable=None)
     for step in bar:
         tokens, mask = (x.to(config.device) for x in next(batches))
         loss = -token_logps(model(tokens), tokens)[mask].mean()
         loss.backward()
         lr = learning_rate(config.pretrain_lr, step, config.pretrain_steps, warmup=100, decay_from=0.3)
-        optimizer_step(model, optimizer, lr, config.max_grad_norm)
+        norms.append(optimizer_step(model, optimizer, lr, config.max_grad_norm))
         losses.append(loss.detach())
         if (step + 1) % 50 == 0 or step + 1 == config.pretrain_steps:
-            recent = torch.stack(losses).mean().item()
-            bar.set_postfix(loss=f"{recent:.3f}")
-            log({"phase": "pretrain", "step": step + 1, "loss": recent, "lr": lr})
-            losses.clear()
+            recent = {"loss": torch.stack(losses).mean().item(), "grad_norm": torch.stack(norms).mean().item()}
+            stop_if_not_finite("pretraining", step, recent, "no model was saved yet; a lower --pretrain_lr may help")
+            bar.set_postfix(loss=f"{recent['loss']:.3f}")
+            log({"phase": "pretrain", "step": step + 1, **recent, "lr": lr})
+            losses, norms = [], []
 
 
 # ------------------------------------------------------------------------------------------------------------- GRPO
@@ -215,10 +224,12 @@ def score(config: Config, problems: list[Problem], completions: list[str]) -> di
     """The rewards (B,) of each rule by name, and their weighted sum, "reward". Row i answers problem i // G."""
     group_size = len(completions) // len(problems)
     asked = [problem for problem in problems for _ in range(group_size)]
-    accuracy = torch.tensor([accuracy_reward(text, problem.answer) for text, problem in zip(completions, asked)])
-    in_format = torch.tensor([format_reward(text) for text in completions])
-    total = config.accuracy_weight * accuracy + config.format_weight * in_format
-    return {"reward": total, "accuracy": accuracy, "format": in_format}
+    by_rule = {
+        "accuracy": [accuracy_reward(text, problem.answer) for text, problem in zip(completions, asked)],
+        "format": [format_reward(text) for text in completions],
+    }
+    rewards = {name: torch.tensor(values) for name, values in by_rule.items()}
+    return {"reward": sum(getattr(config, f"{name}_weight") * values for name, values in rewards.items()), **rewards}
 
 
 def accumulate_gradient(
@@ -235,7 +246,8 @@ def accumulate_gradient(
     gradient: what the loss is divided by is counted before.
     """
     sums = Counter()
-    normalizer = loss_normalizer(rollout.mask[minibatch], config.variant)
+    normalizer = loss_normalizer(rollout.mask[minibatch], config.variant, config.max_new_tokens)
+    on_policy = VARIANTS[config.variant].ratio is None
     lengths = (rollout.mask * torch.arange(1, rollout.mask.shape[1] + 1, device=minibatch.device)).amax(dim=1)
     by_length = minibatch[lengths[minibatch].argsort()]
     for rows in by_length.split(config.micro_batch):
@@ -247,12 +259,13 @@ def accumulate_gradient(
             logps,
             advantages[rows],
             mask,
-            old_logps=old_logps,
+            old_logps=None if on_policy else old_logps,
             ref_logps=None if ref_logps is None else ref_logps[rows, :width],
             variant=config.variant,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             beta=config.beta,
+            kl=config.kl,
             normalizer=normalizer,
         )
         loss.backward()
@@ -296,6 +309,7 @@ def grpo(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log) -> 
             for minibatch in torch.tensor(order, device=config.device).chunk(config.minibatches):
                 sums = accumulate_gradient(config, model, rollout, advantages, ref_logps, minibatch)
                 sums["grad_norm"] = optimizer_step(model, optimizer, lr, config.max_grad_norm).item()  # line 11
+                stop_if_not_finite("GRPO", step, sums, f"{config.out}/base.pt is untouched; a lower --lr may help")
                 updates.append(sums)
         if reference and config.reference_every and (step + 1) % config.reference_every == 0:
             reference.load_state_dict(model.state_dict())
@@ -317,6 +331,7 @@ def rollout_metrics(config: Config, rollout: Rollout, rewards: dict[str, Tensor]
     groups = rewards["reward"].view(-1, config.group_size)
     return {
         **{name: values.mean().item() for name, values in rewards.items()},
+        **{f"{name}_std": values.std().item() for name, values in rewards.items()},  # over all rows, not by group
         "completion_tokens": rollout.mask.sum(dim=1).float().mean().item(),
         "cut": 1 - rollout.finished.float().mean().item(),  # share of completions that met the limit
         "no_signal": (groups == groups[:, :1]).all(dim=1).float().mean().item(),  # share of groups of equal rewards
@@ -326,10 +341,11 @@ def rollout_metrics(config: Config, rollout: Rollout, rewards: dict[str, Tensor]
 def update_metrics(updates: list[Counter]) -> dict[str, float]:
     """Means over the tokens, or the updates, of a step, from what `accumulate_gradient` summed."""
     tokens = sum(sums["tokens"] for sums in updates)
-    per_token = [name for name in ("entropy", "ratio", "clip_low", "clip_high", "kl") if name in updates[0]]
+    per_update = ("loss", "grad_norm")
+    apart = ("tokens", "logp_gap", *per_update)
     return {
-        **{name: sum(sums[name] for sums in updates) / tokens for name in per_token},
-        **{name: np.mean([sums[name] for sums in updates]) for name in ("loss", "grad_norm")},
+        **{name: sum(sums[name] for sums in updates) / tokens for name in updates[0] if name not in apart},
+        **{name: np.mean([sums[name] for sums in updates]) for name in per_update},
         "logp_gap": updates[0]["logp_gap"],  # before the first update sampler and trainer are one policy
     }
 
@@ -442,7 +458,7 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
         allow_abbrev=False,
     )
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    choices = {"preset": list(PRESETS), "variant": list(VARIANTS)}
+    choices = {"preset": list(PRESETS), "variant": list(VARIANTS), "kl": KL_TERMS}
     for field in fields(Config):
         parser.add_argument(
             f"--{field.name}",
@@ -477,6 +493,13 @@ def find_fault(config: Config) -> str | None:
         return "--reference_every must be at least 0"
     if config.reference_every and not config.beta:
         return "--reference_every needs --beta: without a KL there is no reference"
+    if config.kl != Config.kl and not config.beta:
+        return f"--kl {config.kl} needs --beta: without it there is no KL"
+    if VARIANTS[config.variant].ratio is None:
+        if config.minibatches * config.inner_epochs > 1:
+            return f"--variant {config.variant} makes one update a rollout: add --minibatches 1 --inner_epochs 1"
+        if config.clip_low is not None or config.clip_high is not None:
+            return f"--variant {config.variant} has no ratio to clip: leave --clip_low and --clip_high out"
     if config.threads > 1024:
         return "--threads must be at most 1024"
     if config.temperature < 0.001:
@@ -574,6 +597,7 @@ def main(arguments: list[str]) -> None:
         parser.error(str(error))
     weights = sum(weight.numel() for weight in model.parameters())
     print(f"{folder}: {weights:,} weights on {config.device}, levels {config.min_level} to {config.max_level}")
+    print(f"objective: {config.variant} ({VARIANTS[config.variant].source})")
 
     with (folder / "log.jsonl").open("w", buffering=1) as log_file:
 
@@ -611,4 +635,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except FloatingPointError as error:
+        sys.exit(f"train.py: {error}")

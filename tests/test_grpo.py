@@ -6,17 +6,31 @@ import pytest
 import torch
 
 from grpo import (
+    KL_ESTIMATORS,
+    KL_TERMS,
     VARIANTS,
     clipped_surrogate,
     group_advantages,
     kl_penalty,
     loss_normalizer,
     policy_loss,
+    sequence_ratio,
     token_entropy,
     token_logps,
 )
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
+ON_POLICY = ("reinforce", "rloo")
+CLIPS = {  # as the papers have them
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (math.inf, 4.0),
+    "reinforce": (math.inf, math.inf),
+    "rloo": (math.inf, math.inf),
+}
+MAX_TOKENS = 11
 
 
 def random_batch(seed=0, B=6, T=7):
@@ -30,87 +44,143 @@ def random_batch(seed=0, B=6, T=7):
     mask = (position >= start[:, None]) & (position < (start + lengths)[:, None])
     for junk, values in zip((1e4, -1e4, 777.0), (logps, old_logps, ref_logps)):
         values[~mask] = junk
-    advantages = torch.randn(B, generator=generator, dtype=torch.float64)
+    # In rows 0 and 1 and rows 2 and 3 two rewards against each other; rows 4 and 5 are a group without spread.
+    advantages = group_advantages(torch.tensor([0.0, 2, 1.5, 1, 1, 1], dtype=torch.float64), 2)
     return logps.requires_grad_(), old_logps, ref_logps, advantages, mask
 
 
-def objective_by_loops(logps, old_logps, ref_logps, advantages, mask, eps_low, eps_high, beta):
-    """Eq. 3 of DeepSeekMath, one token at a time."""
-    total = 0.0
+def by_token(advantages, mask):
+    """Advantages that differ by token, with junk in the padding."""
+    slope = torch.linspace(-1, 2, mask.shape[1], dtype=torch.float64)
+    return (advantages[:, None] * slope + 0.1).masked_fill(~mask, math.nan)
+
+
+def loss_by_loops(
+    variant,
+    logps,
+    old_logps,
+    ref_logps,
+    advantages,
+    mask,
+    *,
+    beta=0.0,
+    kl="k3",
+    clip=None,
+    held=None,
+    normalizer=None,
+):
+    """The loss of each paper, one token at a time. `held` are the log-probabilities in the factors through which no
+    gradient flows; they are the policy's own, kept apart so that finite differences can hold them still."""
+    held = logps.detach() if held is None else held
+    old_logps = held if old_logps is None else old_logps
+    clip_low, clip_high = CLIPS[variant] if clip is None else clip
+
+    def clipped(ratio):
+        return min(max(ratio, ratio.new_tensor(1 - clip_low)), ratio.new_tensor(1 + clip_high))
+
+    total, tokens = 0.0, 0
     for i in range(len(mask)):
         steps = [t for t in range(mask.shape[1]) if mask[i, t]]
+        tokens += len(steps)
         for t in steps:
-            ratio = torch.exp(logps[i, t] - old_logps[i, t])
-            clipped = min(max(ratio, ratio.new_tensor(1 - eps_low)), ratio.new_tensor(1 + eps_high))
             advantage = advantages[i] if advantages.dim() == 1 else advantages[i, t]
-            surrogate = min(ratio * advantage, clipped * advantage)
-            ref_ratio = torch.exp(ref_logps[i, t] - logps[i, t])
-            kl = ref_ratio - torch.log(ref_ratio) - 1
-            total = total + (surrogate - beta * kl) / len(steps)
-    return total / len(mask)
+            ratio = torch.exp(logps[i, t] - old_logps[i, t])
+            if variant in ("grpo", "dr_grpo", "dapo"):  # DeepSeekMath eq. 3, DAPO eq. 8
+                objective = min(ratio * advantage, clipped(ratio) * advantage)
+            elif variant == "gspo" and advantages.dim() == 1:  # GSPO eq. 5 and 7
+                s = torch.exp(sum(logps[i, u] - old_logps[i, u] for u in steps) / len(steps))
+                objective = min(s * advantage, clipped(s) * advantage)
+            elif variant == "gspo":  # GSPO-token, eq. 13 and 14
+                s = torch.exp(sum(held[i, u] - old_logps[i, u] for u in steps) / len(steps))
+                s = s * torch.exp(logps[i, t]) / torch.exp(held[i, t])
+                objective = min(s * advantage, clipped(s) * advantage)
+            elif variant == "cispo":  # MiniMax-M1 eq. 4 and 5
+                weight = clipped(torch.exp(held[i, t] - old_logps[i, t]))
+                objective = weight * advantage * logps[i, t]
+            else:  # REINFORCE, RLOO
+                objective = advantage * logps[i, t]
+            if beta:
+                x = torch.exp(ref_logps[i, t] - logps[i, t])
+                estimate = {"k1": -torch.log(x), "k2": torch.log(x) ** 2 / 2, "k3": x - torch.log(x) - 1}[kl[:2]]
+                objective = objective - beta * estimate * (ratio if kl.endswith("_ratio") else 1)
+            total = total + objective / (len(steps) if variant in ("grpo", "gspo") else 1)
+    if normalizer is None:
+        normalizer = {"dapo": tokens, "cispo": tokens, "dr_grpo": len(mask) * MAX_TOKENS}.get(variant, len(mask))
+    return -total / normalizer
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize("per_token", [False, True])
-def test_loss_and_gradient_equal_eq_3_written_as_loops(beta, per_token):
+def compute(variant, logps, old_logps, ref_logps, advantages, mask, **options):
+    """policy_loss with what the variant takes."""
+    old_logps = None if variant in ON_POLICY else old_logps
+    options = {"max_tokens": MAX_TOKENS, **options}
+    return policy_loss(logps, advantages, mask, old_logps=old_logps, ref_logps=ref_logps, variant=variant, **options)
+
+
+def gradient_of(loss, logps):
+    return torch.autograd.grad(loss, logps)[0]
+
+
+# ------------------------------------------------------------------------------------------------ values and gradients
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["one advantage", "by token"])
+@pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.3, kl) for kl in KL_TERMS)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradient_equal_the_papers_equations_written_as_loops(variant, beta, kl, per_token):
     logps, old_logps, ref_logps, advantages, mask = random_batch()
+    if variant in ON_POLICY:
+        old_logps = None
     if per_token:
-        advantages = advantages[:, None] * torch.linspace(-1, 2, mask.shape[1], dtype=torch.float64)
-    loss, metrics = policy_loss(logps, advantages, mask, old_logps=old_logps, ref_logps=ref_logps, beta=beta)
-    (gradient,) = torch.autograd.grad(loss, logps)
-    expected = -objective_by_loops(logps, old_logps, ref_logps, advantages, mask, 0.2, 0.2, beta)
-    (expected_gradient,) = torch.autograd.grad(expected, logps)
+        advantages = by_token(advantages, mask)
+    loss, _ = compute(variant, logps, old_logps, ref_logps, advantages, mask, beta=beta, kl=kl)
+    expected = loss_by_loops(variant, logps, old_logps, ref_logps, advantages, mask, beta=beta, kl=kl)
     torch.testing.assert_close(loss, expected, **CLOSE)
-    torch.testing.assert_close(gradient, expected_gradient, **CLOSE)
-    assert gradient[mask].abs().max() > 0.01
-    assert metrics["clip_low"] + metrics["clip_high"] > 0, "the batch should reach the clip"
+    gradient = gradient_of(loss, logps)
+    torch.testing.assert_close(gradient, gradient_of(expected, logps), **CLOSE)
+    assert (gradient[~mask] == 0).all(), "padding and prompt get exactly none, whatever lies there"
+    assert gradient[mask].abs().max() > 0.001
 
 
-def test_padding_and_prompt_get_exactly_no_gradient_whatever_lies_there():
-    logps, old_logps, ref_logps, advantages, mask = random_batch()
-    loss, _ = policy_loss(logps, advantages, mask, old_logps=old_logps, ref_logps=ref_logps, beta=0.1)
-    (gradient,) = torch.autograd.grad(loss, logps)
-    assert (gradient[~mask] == 0).all()
+def boundary_batch(clip_low, clip_high):
+    """Outputs of 3 tokens for either sign of the advantage and a ratio a little below or above either bound, the
+    same at each token, so that it is also the output's; and the cell of the six that each is in."""
+    near = [1 - clip_low * 1.05, 1 - clip_low * 0.95, 1 + clip_high * 0.95, 1 + clip_high * 1.05]
+    ratio = torch.tensor([r for r in near for _ in range(2)], dtype=torch.float64)
+    advantages = torch.tensor([0.7, -0.7] * len(near), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    old_logps = -3 * torch.rand(len(ratio), 4, generator=generator, dtype=torch.float64)
+    logps = old_logps + ratio.log()[:, None]
+    mask = torch.tensor([False, True, True, True]).expand_as(logps)
+    return logps.requires_grad_(), old_logps, advantages, mask
 
 
-def test_more_padding_changes_neither_loss_nor_metrics():
-    logps, old_logps, ref_logps, advantages, mask = random_batch()
-
-    def padded(x, value):
-        return torch.nn.functional.pad(x, (0, 5), value=value)
-
-    one = policy_loss(logps, advantages, mask, old_logps=old_logps, ref_logps=ref_logps, beta=0.1)
-    two = policy_loss(
-        padded(logps, 9.0),
-        advantages,
-        padded(mask, False),
-        old_logps=padded(old_logps, -50.0),
-        ref_logps=padded(ref_logps, 1e5),
-        beta=0.1,
-    )
-    torch.testing.assert_close(one, two, **CLOSE)
-
-
-@pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4, 5]], [[5, 2], [0, 4], [1, 3]], [[3], [0], [5], [1], [4], [2]]])
-def test_micro_batches_of_any_size_and_order_add_up_to_the_gradient_of_the_step(parts):
-    logps, old_logps, ref_logps, advantages, mask = random_batch()
-    whole, whole_metrics = policy_loss(logps, advantages, mask, old_logps=old_logps, ref_logps=ref_logps, beta=0.1)
-    (expected,) = torch.autograd.grad(whole, logps)
-    gradient, metrics = torch.zeros_like(logps), dict.fromkeys(whole_metrics, 0)
-    for rows in parts:
-        loss, sums = policy_loss(
-            logps[rows],
-            advantages[rows],
-            mask[rows],
-            old_logps=old_logps[rows],
-            ref_logps=ref_logps[rows],
-            beta=0.1,
-            normalizer=loss_normalizer(mask),
-        )
-        gradient += torch.autograd.grad(loss, logps)[0]
-        metrics = {name: metrics[name] + sums[name] for name in sums}
-    torch.testing.assert_close(gradient, expected, **CLOSE)
-    torch.testing.assert_close(metrics, whole_metrics, **CLOSE)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_equal_finite_differences_on_both_sides_of_each_clip_boundary(variant):
+    clip = (0.3, 0.4) if variant == "cispo" or variant in ON_POLICY else CLIPS[variant]
+    bounds = {} if variant in ON_POLICY else {"clip_low": clip[0], "clip_high": clip[1]}
+    logps, old_logps, advantages, mask = boundary_batch(*clip)
+    loss, metrics = compute(variant, logps, old_logps, None, advantages, mask, **bounds)
+    gradient = gradient_of(loss, logps)
+    fixed = (None if variant in ON_POLICY else old_logps, None, advantages, mask)
+    epsilon = 1e-6
+    for i in range(len(mask)):
+        for t in range(1, mask.shape[1]):
+            sides = []
+            for sign in (-1, 1):
+                moved = logps.detach().clone()
+                moved[i, t] += sign * epsilon
+                sides.append(loss_by_loops(variant, moved, *fixed, clip=clip, held=logps.detach()))
+            slope = (sides[1] - sides[0]) / (2 * epsilon)
+            assert gradient[i, t].item() == pytest.approx(slope.item(), abs=1e-7), (i, t)
+    if variant not in ON_POLICY:
+        stopped = (gradient == 0).all(dim=1)
+        low, high = (metrics[name].item() for name in ("clip_low", "clip_high"))
+        if variant == "cispo":
+            assert not stopped.any(), "CISPO stops no token"
+            assert (low, high) == (6, 6)
+        else:
+            assert stopped.nonzero().flatten().tolist() == [1, 6], "A < 0 below the interval, A > 0 above it"
+            assert (low, high) == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -119,37 +189,45 @@ def test_micro_batches_of_any_size_and_order_add_up_to_the_gradient_of_the_step(
 )
 def test_clip_stops_the_gradient_only_where_the_ratio_has_gone_the_way_that_pays(advantage, ratio, slope):
     ratio = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
-    clipped_surrogate(ratio, torch.tensor(float(advantage)), 0.2, 0.2).backward()
+    clipped_surrogate(ratio, ratio.log(), torch.tensor(float(advantage)), 0.2, 0.2).backward()
     assert ratio.grad == slope
 
 
-def test_clip_metrics_count_the_tokens_whose_gradient_the_clip_stops():
-    ratios = torch.tensor([[1.0, 0.5, 0.5, 1.0, 1.5, 1.5], [1.0, 0.5, 1.5, 1.5, 1.5, 0.5]], dtype=torch.float64)
-    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]]).bool()
-    _, metrics = policy_loss(ratios.log(), torch.tensor([-1.0, 1.0]), mask, old_logps=torch.zeros(2, 6))
-    assert metrics["clip_low"] == 2, "A < 0 and the ratio low: the first row's two"
-    assert metrics["clip_high"] == 3, "A > 0 and the ratio high: the second row's three"
-    assert metrics["tokens"] == 9
-
-
-def test_clip_bounds_can_be_set_apart_and_switched_off():
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ON_POLICY])
+def test_clip_bounds_can_be_set_apart_and_switched_off(variant):
     logps, old_logps, _, advantages, mask = random_batch()
-    infinite, metrics = policy_loss(logps, advantages, mask, old_logps=old_logps, clip_low=math.inf, clip_high=math.inf)
-    unclipped = -(((logps - old_logps).exp() * advantages[:, None]).masked_fill(~mask, 0).sum(1) / mask.sum(1)).mean()
-    torch.testing.assert_close(infinite, unclipped, **CLOSE)
-    assert metrics["clip_low"] == metrics["clip_high"] == 0
-    higher, _ = policy_loss(logps, advantages, mask, old_logps=old_logps, clip_high=0.5)
-    expected = -objective_by_loops(logps, old_logps, old_logps, advantages, mask, 0.2, 0.5, 0.0)
-    torch.testing.assert_close(higher, expected, **CLOSE)
+    for clip in ((0.1, 0.5), (math.inf, 0.1), (0.0, math.inf), (math.inf, math.inf)):
+        bounds = {"clip_low": clip[0], "clip_high": clip[1]}
+        loss, metrics = compute(variant, logps, old_logps, None, advantages, mask, **bounds)
+        expected = loss_by_loops(variant, logps, old_logps, None, advantages, mask, clip=clip)
+        torch.testing.assert_close(loss, expected, **CLOSE)
+        torch.testing.assert_close(gradient_of(loss, logps), gradient_of(expected, logps), **CLOSE)
+        assert (metrics["clip_low"] == 0) >= (clip[0] == math.inf)
+        assert (metrics["clip_high"] == 0) >= (clip[1] == math.inf)
 
 
-def test_without_old_logps_the_ratio_is_1_and_the_gradient_is_that_of_reinforce():
-    logps, _, _, advantages, mask = random_batch()
-    loss, metrics = policy_loss(logps, advantages, mask)
-    (gradient,) = torch.autograd.grad(loss, logps)
-    reinforce = -((logps * advantages[:, None]).masked_fill(~mask, 0).sum(1) / mask.sum(1)).mean()
-    torch.testing.assert_close(gradient, torch.autograd.grad(reinforce, logps)[0], **CLOSE)
-    assert metrics["ratio"] / metrics["tokens"] == 1
+def test_the_sequence_ratio_is_the_geometric_mean_and_its_gradients_add_up_to_the_means():
+    generator = torch.Generator().manual_seed(4)
+    log_ratio = torch.randn(1, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[False, True, True, True, False]])
+    ratio = sequence_ratio(log_ratio.masked_fill(~mask, 0), mask)
+    mean = log_ratio[0, 1:4].mean().exp()
+    torch.testing.assert_close(ratio[mask], mean.expand(3), **CLOSE)
+    token_form = gradient_of(ratio[mask].mean(), log_ratio)
+    torch.testing.assert_close(token_form, gradient_of(mean, log_ratio), **CLOSE)
+
+
+# ------------------------------------------------------------------------------------------------------- on-policy
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_old_logps_the_ratio_is_1_and_the_gradient_is_that_of_reinforce(variant):
+    logps, _, ref_logps, advantages, mask = random_batch()
+    loss, metrics = policy_loss(logps, advantages, mask, ref_logps=ref_logps, variant=variant, max_tokens=MAX_TOKENS)
+    weights = mask / mask.sum(dim=1, keepdim=True).double() if variant in ("grpo", "gspo") else mask.double()
+    count = {"dapo": mask.sum(), "cispo": mask.sum(), "dr_grpo": 6 * MAX_TOKENS}.get(variant, 6)
+    torch.testing.assert_close(gradient_of(loss, logps), -weights * advantages[:, None] / count, **CLOSE)
+    assert set(metrics) == {"tokens", "k1_ref", "k3_ref"}, "metrics of a ratio that is 1 by definition say nothing"
 
 
 def test_loss_of_a_fresh_group_is_zero_and_its_gradient_is_not():
@@ -158,53 +236,222 @@ def test_loss_of_a_fresh_group_is_zero_and_its_gradient_is_not():
     logps, _, _, _, mask = random_batch()
     loss, _ = policy_loss(logps, group_advantages(rewards, 3), mask)
     assert abs(loss.item()) < 1e-12
-    assert torch.autograd.grad(loss, logps)[0].abs().max() > 0.01
+    assert gradient_of(loss, logps).abs().max() > 0.01
 
 
-def test_shapes_that_would_broadcast_wrongly_are_refused():
-    logps, _, _, advantages, mask = random_batch()
-    with pytest.raises(ValueError, match="advantages"):
-        policy_loss(logps, advantages[:, None], mask)
-    with pytest.raises(ValueError, match="mask"):
-        policy_loss(logps, advantages, mask[:, 1:])
-    for name in ("old_logps", "ref_logps"):
-        with pytest.raises(ValueError, match=name):
-            policy_loss(logps, advantages, mask, **{name: logps.detach()[:, :1]})
-    with pytest.raises(ValueError, match="needs ref_logps"):
-        policy_loss(logps, advantages, mask, beta=0.1)
-    with pytest.raises(ValueError, match='"ppo" is not among grpo'):
-        policy_loss(logps, advantages, mask, variant="ppo")
+# ----------------------------------------------------------------------------------------------------- invariances
 
 
-def test_advantages_equal_the_loop_with_the_n_minus_1_deviation():
-    rewards = torch.tensor([0.0, 1.0, 2.0, 0.5, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
-    for scale in ("std", "none"):
-        expected = []
-        for group in rewards.tolist()[:4], rewards.tolist()[4:]:
-            mean = sum(group) / 4
-            std = math.sqrt(sum((reward - mean) ** 2 for reward in group) / 3)
-            expected += [(reward - mean) / (std + 1e-4 if scale == "std" else 1) for reward in group]
-        advantages = group_advantages(rewards, 4, scale)
-        torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_more_padding_changes_neither_loss_nor_metrics(variant):
+    logps, old_logps, ref_logps, advantages, mask = random_batch()
+
+    def padded(x, value):
+        return torch.nn.functional.pad(x, (2, 5), value=value)
+
+    options = {"beta": 0.1, "kl": "k3_ratio"}
+    one = compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)
+    wide = [padded(x, value) for x, value in ((logps, 9.0), (old_logps, -50.0), (ref_logps, 1e5))]
+    two = compute(variant, *wide, advantages, padded(mask, False), **options)
+    torch.testing.assert_close(one, two, **CLOSE)
 
 
-def test_a_group_of_equal_rewards_gets_exactly_zero_even_where_its_mean_is_rounded():
+@pytest.mark.parametrize(
+    "parts", [[[0, 1, 2, 3, 4, 5]], [[5, 2], [0, 4], [1, 3]], [[3], [0], [5], [1], [4], [2]]], ids=str
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_micro_batches_of_any_size_and_order_add_up_to_the_gradient_of_the_step(variant, parts):
+    logps, old_logps, ref_logps, advantages, mask = random_batch()
+    options = {"beta": 0.1, "kl": "k3_ratio"}
+    whole, whole_metrics = compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)
+    options["normalizer"] = loss_normalizer(mask, variant, MAX_TOKENS)
+    total, gradient, metrics = 0.0, torch.zeros_like(logps), dict.fromkeys(whole_metrics, 0)
+    for rows in parts:
+        batch = (x[rows] for x in (logps, old_logps, ref_logps, advantages, mask))
+        loss, sums = compute(variant, *batch, **options)
+        total, gradient = total + loss, gradient + gradient_of(loss, logps)
+        metrics = {name: metrics[name] + sums[name] for name in sums}
+    torch.testing.assert_close(total, whole, **CLOSE)
+    torch.testing.assert_close(gradient, gradient_of(whole, logps), **CLOSE)
+    torch.testing.assert_close(metrics, whole_metrics, **CLOSE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_without_advantage_may_be_dropped_once_they_are_counted(variant):
+    logps, old_logps, _, advantages, mask = random_batch()
+    whole, _ = compute(variant, logps, old_logps, None, advantages, mask)
+    rows = advantages.nonzero().flatten()
+    assert len(rows) == 4
+    normalizer = loss_normalizer(mask, variant, MAX_TOKENS)
+    kept, _ = compute(
+        variant, *(x[rows] for x in (logps, old_logps)), None, advantages[rows], mask[rows], normalizer=normalizer
+    )
+    torch.testing.assert_close(gradient_of(kept, logps), gradient_of(whole, logps), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "order", [[1, 0, 2, 3, 4, 5], [4, 5, 0, 1, 2, 3], [2, 5, 0, 4, 1, 3]], ids=["group", "prompts", "rows"]
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_order_of_rows_and_of_prompts_does_not_matter(variant, order):
+    logps, old_logps, ref_logps, advantages, mask = random_batch()
+    options = {"beta": 0.1, "kl": "k3"}
+    one, one_metrics = compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)
+    batch = [x[order] for x in (logps, old_logps, ref_logps, advantages, mask)]
+    two, two_metrics = compute(variant, *batch, **options)
+    torch.testing.assert_close((one, one_metrics), (two, two_metrics), **CLOSE)
+    torch.testing.assert_close(gradient_of(one, logps), gradient_of(two, logps), **CLOSE)
+
+
+def test_a_given_normalizer_is_used_as_it_is():
+    logps, old_logps, _, advantages, mask = random_batch()
+    for variant in VARIANTS:
+        counted, _ = compute(variant, logps, old_logps, None, advantages, mask)
+        given, _ = compute(variant, logps, old_logps, None, advantages, mask, normalizer=2.5)
+        torch.testing.assert_close(2.5 * given, loss_normalizer(mask, variant, MAX_TOKENS) * counted, **CLOSE)
+
+
+def test_the_inputs_are_left_as_they_were():
+    batch = random_batch()
+    before = [x.clone() for x in batch]
+    for variant in VARIANTS:
+        compute(variant, *batch, beta=0.1)
+    assert all(torch.equal(x, y) for x, y in zip(batch, before))
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_are_sums_over_the_tokens_of_the_mask():
+    logps, old_logps, ref_logps, advantages, mask = random_batch()
+    _, metrics = compute("grpo", logps, old_logps, ref_logps, advantages, mask)
+    expected = dict.fromkeys(metrics, 0.0)
+    for i, t in mask.nonzero().tolist():
+        policy, old, reference = (x[i, t].item() for x in (logps, old_logps, ref_logps))
+        ratio, ref_ratio, advantage = math.exp(policy - old), math.exp(reference - policy), advantages[i].item()
+        expected["tokens"] += 1
+        expected["ratio"] += ratio
+        expected["clip_low"] += ratio < 0.8 and advantage < 0
+        expected["clip_high"] += ratio > 1.2 and advantage > 0
+        expected["k1_old"] += -math.log(ratio)
+        expected["k3_old"] += ratio - 1 - math.log(ratio)
+        expected["k1_ref"] += -math.log(ref_ratio)
+        expected["k3_ref"] += ref_ratio - 1 - math.log(ref_ratio)
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, abs=1e-10)
+    assert metrics["clip_low"] > 0 and metrics["clip_high"] > 0
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_k1_old_and_k3_old_average_to_the_kl_from_the_old_policy_to_the_new():
+    old, new = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.2, 0.3]], dtype=torch.float64).log()
+    exact = (old.exp() * (old - new)).sum()
+    # A row for each token that can be sampled, each as often as the old policy samples it.
+    counts = (10 * old.exp()).round().int()
+    old_logps, logps = (x.repeat_interleave(counts)[:, None] for x in (old, new))
+    _, metrics = policy_loss(logps, torch.zeros(10), torch.ones(10, 1).bool(), old_logps=old_logps)
+    for name in ("k1_old", "k3_old"):
+        assert metrics[name].item() / 10 == pytest.approx(exact.item(), abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------- the KL
+
+
+def test_kl_estimates_equal_the_formulas():
+    logps = torch.tensor([-0.1, -2.0, -3.0], dtype=torch.float64)
+    ref_logps = torch.tensor([-2.0, -0.1, -3.0], dtype=torch.float64)
+    for kind in KL_ESTIMATORS:
+        for value, log_pi, log_ref in zip(
+            kl_penalty(logps, ref_logps, kind).tolist(), logps.tolist(), ref_logps.tolist()
+        ):
+            x = math.exp(log_ref) / math.exp(log_pi)
+            expected = {"k1": -math.log(x), "k2": math.log(x) ** 2 / 2, "k3": x - math.log(x) - 1}[kind]
+            assert value == pytest.approx(expected, abs=1e-12)
+
+
+def test_k1_and_k3_are_unbiased_estimates_of_the_kl_k2_is_not_and_k3_is_never_negative():
+    policy = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    reference = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    exact = (policy * (policy / reference).log()).sum()
+    estimates = {kind: kl_penalty(policy.log(), reference.log(), kind) for kind in KL_ESTIMATORS}
+    for kind in ("k1", "k3"):
+        torch.testing.assert_close((policy * estimates[kind]).sum(), exact, **CLOSE)
+    assert ((policy * estimates["k2"]).sum() - exact).abs() > 0.03
+    assert (estimates["k3"] >= 0).all() and (estimates["k1"] < 0).any()
+
+
+@pytest.mark.parametrize("kl", ["k3", "k3_ratio"])
+def test_a_token_that_the_policy_all_but_lost_gives_a_finite_kl_and_no_gradient_through_it(kl):
+    logps = torch.tensor([[0.0, -200.0, -1.0]], requires_grad=True)
+    ref_logps = torch.tensor([[0.0, -1.0, -2.0]])
+    mask = torch.tensor([[False, True, True]])
+    assert (ref_logps - logps).exp().isinf().any(), "without the clamp the batch would overflow"
+    loss, metrics = policy_loss(logps, torch.zeros(1), mask, ref_logps=ref_logps, beta=1.0, kl=kl)
+    lost, kept = math.exp(10) - 11, math.exp(-1) + 1 - 1
+    assert metrics["k3_ref"].item() == pytest.approx(lost + kept, rel=1e-6)
+    gradient = gradient_of(loss, logps)[0]
+    assert gradient.isfinite().all()
+    # The ratio's own gradient is that of a sampled token; the clamp takes the estimator's.
+    assert gradient[1].item() == pytest.approx(lost / 2 if kl == "k3_ratio" else 0, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ advantages
+
+
+@pytest.mark.parametrize("scale", ["std", "none", "batch", "leave_one_out"])
+def test_advantages_equal_the_formulas_written_as_loops(scale):
+    rewards = [0.0, 1.0, 2.0, 0.5, 1.0, 1.0, 0.0, 1.0]
+
+    def deviation(values):
+        mean = sum(values) / len(values)
+        return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+    expected = []
+    for group in rewards[:4], rewards[4:]:
+        for i, reward in enumerate(group):
+            others = group[:i] + group[i + 1 :]
+            centered = reward - sum(group) / 4
+            expected.append(
+                {
+                    "std": centered / (deviation(group) + 1e-4),
+                    "none": centered,
+                    "batch": centered / (deviation(rewards) + 1e-4),
+                    "leave_one_out": reward - sum(others) / 3,
+                }[scale]
+            )
+    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), 4, scale)
+    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+
+
+@pytest.mark.parametrize("scale", ["std", "none", "batch", "leave_one_out"])
+def test_a_group_of_equal_rewards_gets_exactly_zero_even_where_its_mean_is_rounded(scale):
     rewards = torch.full((7,), 0.1)
     assert (rewards - rewards.mean() != 0).any(), "this value should be one whose mean is off by a rounding"
-    assert (group_advantages(rewards, 7) == 0).all()
-    assert (group_advantages(torch.cat((rewards, torch.arange(7.0))), 7)[:7] == 0).all()
+    assert (group_advantages(rewards, 7, scale) == 0).all()
+    assert (group_advantages(torch.cat((rewards, torch.arange(7.0))), 7, scale)[:7] == 0).all()
 
 
-def test_rewards_of_one_prompt_do_not_reach_another():
+def test_a_group_of_nearly_equal_rewards_is_a_group_with_signal():
+    """Told by equality: a small difference is small because eps is added to the deviation, not because it is cut."""
+    advantages = group_advantages(torch.tensor([1.0, 1.0, 1.0, 1.0 + 1e-5], dtype=torch.float64), 4)
+    assert advantages[3].item() == pytest.approx(0.75e-5 / (0.5e-5 + 1e-4), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["std", "none", "leave_one_out"])
+def test_rewards_of_one_prompt_do_not_reach_another(scale):
     rewards = torch.tensor([1.0, 0.0, 5.0, 9.0])
     changed = torch.tensor([1.0, 0.0, -3.0, 9.0])
-    assert torch.equal(group_advantages(rewards, 2)[:2], group_advantages(changed, 2)[:2])
+    assert torch.equal(group_advantages(rewards, 2, scale)[:2], group_advantages(changed, 2, scale)[:2])
 
 
-@pytest.mark.parametrize(("count", "group_size", "scale"), [(7, 2, "std"), (4, 1, "std"), (4, 2, "median")])
-def test_groups_that_cannot_be_are_refused(count, group_size, scale):
-    with pytest.raises(ValueError, match=r"group|scale"):
-        group_advantages(torch.arange(float(count)), group_size, scale)
+def test_permuting_prompts_or_the_outputs_of_one_permutes_the_advantages():
+    rewards = torch.tensor([0.0, 1, 2, 0, 1, 1, 3, 0, 0], dtype=torch.float64)
+    for scale in ("std", "none", "batch", "leave_one_out"):
+        advantages = group_advantages(rewards, 3, scale)
+        for order in ([6, 7, 8, 0, 1, 2, 3, 4, 5], [2, 0, 1, 5, 4, 3, 6, 8, 7]):
+            torch.testing.assert_close(group_advantages(rewards[order], 3, scale), advantages[order], **CLOSE)
+
+
+# ------------------------------------------------------------------------------------------------ log-probabilities
 
 
 def test_token_logps_speak_of_the_token_in_their_own_column():
@@ -233,15 +480,69 @@ def test_entropy_of_a_uniform_policy_is_log_v_and_temperature_counts():
     assert token_entropy(logits, temperature=2.0)[0, 1].item() == pytest.approx(expected)
 
 
-def test_k3_is_an_unbiased_estimate_of_the_kl_and_never_negative():
-    policy = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
-    reference = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    estimates = kl_penalty(policy.log(), reference.log())
-    assert (estimates >= 0).all()
-    exact = (policy * (policy / reference).log()).sum()
-    torch.testing.assert_close((policy * estimates).sum(), exact, **CLOSE)
+# ------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_every_variant_names_a_scale_that_group_advantages_knows():
-    for variant in VARIANTS.values():
-        assert group_advantages(torch.tensor([0.0, 1.0]), 2, variant.scale).abs().sum() > 0
+def test_bad_input_to_the_loss_is_refused_with_the_shapes_or_values_seen():
+    logps, old_logps, ref_logps, advantages, mask = random_batch()
+
+    def refused(message, *, advantages=advantages, mask=mask, **options):
+        with pytest.raises(ValueError, match=message):
+            policy_loss(logps, advantages, mask, **options)
+
+    refused(r"advantages \(6, 1\)", advantages=advantages[:, None])
+    refused(r"advantages \(7,\)", advantages=torch.zeros(7))
+    refused(r"mask \(6, 6\).*\(6, 7\)", mask=mask[:, 1:])
+    refused("mask must be bool, not torch.int64", mask=mask.long())
+    refused("holds no token", mask=torch.zeros_like(mask))
+    refused(r"old_logps \(6, 1\)", old_logps=old_logps[:, :1])
+    refused(r"ref_logps \(6, 1\)", ref_logps=ref_logps[:, :1])
+    refused('variant "ppo" is not among grpo, dr_grpo', variant="ppo")
+    refused('kl "k4" is not among k1, k2, k3, k1_ratio', kl="k4")
+    refused("beta .* it is 0.1", beta=0.1)
+    refused("beta .* it is -1", beta=-1, ref_logps=ref_logps)
+    refused("beta .* it is nan", beta=math.nan, ref_logps=ref_logps)
+    refused("clip_low -0.1", clip_low=-0.1)
+    refused("clip_high nan", clip_high=math.nan)
+    refused("max_tokens", variant="dr_grpo")
+    for variant in ON_POLICY:
+        refused("on-policy", variant=variant, old_logps=old_logps)
+        refused("on-policy", variant=variant, clip_high=0.3)
+    with pytest.raises(ValueError, match=r"logps \(7,\)"):
+        policy_loss(logps[0], advantages[0], mask[0])
+
+
+def test_bad_input_to_the_other_functions_is_refused_with_the_shapes_or_values_seen():
+    rewards, logits, tokens = torch.zeros(4), torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+    mask = torch.ones(2, 3).bool()
+    for message, function, *arguments in (
+        (r"\(7,\).*groups of 2", group_advantages, torch.zeros(7), 2),
+        (r"\(0,\).*groups of 2", group_advantages, torch.zeros(0), 2),
+        (r"\(2, 2\).*groups of 2", group_advantages, torch.zeros(2, 2), 2),
+        ("torch.int64.*groups of 2", group_advantages, rewards.long(), 2),
+        ("at least 2 outputs, not 1", group_advantages, rewards, 1),
+        ("nan.*inf", group_advantages, torch.tensor([0.0, math.nan, 1.0, math.inf]), 2),
+        ('scale "median" is not among std, none', group_advantages, rewards, 2, "median"),
+        (r"\(2, 3, 5\).*\(2, 2\)", token_logps, logits, tokens[:, 1:]),
+        (r"\(3, 5\).*\(3,\)", token_logps, logits[0], tokens[0]),
+        ("temperature must be above 0, not 0", token_logps, logits, tokens, 0),
+        ("temperature must be above 0, not nan", token_entropy, logits, math.nan),
+        (r"ref_logps \(2, 3\)", kl_penalty, torch.zeros(2, 4), torch.zeros(2, 3)),
+        ('kind "k3_ratio" is not among k1, k2, k3', kl_penalty, rewards, rewards, "k3_ratio"),
+        ("holds no token", loss_normalizer, ~mask),
+        (r"\(3,\)", loss_normalizer, mask[0]),
+        ("torch.float32", loss_normalizer, mask.float()),
+        ('variant "ppo"', loss_normalizer, mask, "ppo"),
+        ("max_tokens", loss_normalizer, mask, "dr_grpo"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(*arguments)
+
+
+def test_the_loss_reads_nothing_back_from_the_device_when_its_normalizer_is_given():
+    """On "meta" tensors, which have no values to read, only what waits for no value can run."""
+    logps, old_logps, ref_logps, advantages, mask = (x.detach().to("meta") for x in random_batch())
+    logps.requires_grad_()
+    for variant in VARIANTS:
+        options = {"beta": 0.1, "kl": "k3_ratio", "normalizer": 6}
+        compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)[0].backward()

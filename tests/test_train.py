@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -118,7 +119,7 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimme
         advantages[minibatch],
         rollout.mask[minibatch],
         old_logps=rollout.logps[minibatch],
-        ref_logps=ref_logps[minibatch],
+        ref_logps=ref_logps[minibatch] if beta else None,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         beta=beta,
@@ -193,7 +194,7 @@ def test_sampler_and_trainer_agree_at_every_step_though_the_policy_moves(always_
     assert all(record["logp_gap"] < 1e-4 for record in records)
     assert (model.embedding.weight - small_model().embedding.weight).abs().max() > 1e-3
     _, first = run_grpo(replace(config, steps=1, minibatches=1))
-    assert first[0]["kl"] == pytest.approx(0, abs=1e-7)
+    assert first[0]["k3_ref"] == pytest.approx(0, abs=1e-7)
     assert first[0]["ratio"] == pytest.approx(1, abs=1e-5)
 
 
@@ -253,7 +254,7 @@ def test_every_row_is_trained_once_in_each_epoch_by_fresh_clipped_steps_of_the_l
 
 
 def test_the_variant_decides_the_scale_of_the_advantages_and_the_objective(monkeypatch, always_signal):
-    monkeypatch.setitem(VARIANTS, "plain", Variant(scale="none", clip_low=0.1, clip_high=0.3))
+    monkeypatch.setitem(VARIANTS, "plain", Variant("a test", scale="none", clip_low=0.1, clip_high=0.3))
     scored, losses = spy(monkeypatch, "score"), spy(monkeypatch, "policy_loss")
     run_grpo(replace(SMALL, steps=1, minibatches=1, micro_batch=16, variant="plain"))
     ((args, kwargs, _),) = losses
@@ -263,20 +264,62 @@ def test_the_variant_decides_the_scale_of_the_advantages_and_the_objective(monke
     torch.testing.assert_close(args[1].sort().values, expected.sort().values)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_variant_trains_from_its_row_alone(variant, monkeypatch, always_signal):
+    on_policy = VARIANTS[variant].ratio is None
+    losses = spy(monkeypatch, "policy_loss")
+    config = replace(SMALL, variant=variant, minibatches=1 if on_policy else 2, beta=0.01, kl="k3_ratio", lr=1e-2)
+    model, records = run_grpo(config)
+    assert (model.embedding.weight - small_model().embedding.weight).abs().max() > 1e-3
+    for (_, _, mask), kwargs, _ in losses:
+        assert (kwargs["variant"], kwargs["kl"], kwargs["beta"]) == (variant, "k3_ratio", 0.01)
+        assert (kwargs["old_logps"] is None) == on_policy
+        if variant == "dr_grpo":
+            assert kwargs["normalizer"] == len(mask) * (2 if len(losses) == 2 else 1) * config.max_new_tokens
+    assert ("ratio" in records[0]) == ("k3_old" in records[0]) == (not on_policy)
+    assert {"entropy", "no_signal", "reward_std", "accuracy_std", "format_std", "k3_ref"} <= set(records[0])
+    assert records[0]["no_signal"] == 0
+
+
+SMALL_RUN = [
+    "--preset=tiny", "--prompts=4", "--group_size=4", "--steps=9", "--max_new_tokens=12", "--eval_problems=4",
+    *(f"--{name}={value}" for name, value in SHAPE.items()),
+]  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_stops_grpo_and_leaves_the_base_model(tmp_path, always_signal):
+    save_model(tmp_path / "base.pt", small_model())
+    folder = tmp_path / "run"
+    message = rf"GRPO stopped at step \d: \w+ is (nan|inf); {folder}/base.pt is untouched; a lower --lr may help"
+    with pytest.raises(FloatingPointError, match=message):
+        train.main([*SMALL_RUN, "--init", str(tmp_path / "base.pt"), "--out", str(folder), "--lr", "1e30"])
+    assert not {"r1_zero.pt", "result.json"} & {path.name for path in folder.iterdir()}
+    for one, two in zip(load_model(folder / "base.pt").parameters(), small_model().parameters()):
+        assert torch.equal(one, two)
+
+
+def test_a_loss_that_is_not_finite_stops_pretraining_in_one_line_before_a_model_is_written(tmp_path):
+    flags = [*SMALL_RUN, "--pretrain_steps=60", "--pretrain_lr=1e30", f"--out={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"train.py: pretraining stopped at step 50: loss is nan; no model was .*\n", done.stderr)
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
 def test_the_reference_is_the_base_model_until_it_is_refreshed(always_signal):
     changes = {"steps": 3, "minibatches": 1, "beta": 0.01, "lr": 1e-2}
     _, kept = run_grpo(replace(SMALL, **changes))
-    assert kept[0]["kl"] == pytest.approx(0, abs=1e-7)
-    assert 0 < kept[1]["kl"] < kept[2]["kl"]
+    assert kept[0]["k3_ref"] == pytest.approx(0, abs=1e-7)
+    assert 0 < kept[1]["k3_ref"] < kept[2]["k3_ref"]
     _, refreshed = run_grpo(replace(SMALL, **changes, reference_every=2))
-    assert refreshed[1]["kl"] == kept[1]["kl"]
-    assert refreshed[2]["kl"] == pytest.approx(0, abs=1e-7)
+    assert refreshed[1]["k3_ref"] == kept[1]["k3_ref"]
+    assert refreshed[2]["k3_ref"] == pytest.approx(0, abs=1e-7)
 
 
 def test_inner_epochs_move_the_ratio_away_from_1(always_signal):
     _, once = run_grpo(replace(SMALL, steps=1, minibatches=1, lr=3e-2))
     assert once[0]["ratio"] == pytest.approx(1, abs=1e-5)
-    assert "kl" not in once[0]
+    assert "k3_ref" not in once[0]
     _, thrice = run_grpo(replace(SMALL, steps=1, minibatches=1, inner_epochs=3, lr=3e-2))
     assert abs(thrice[0]["ratio"] - 1) > 1e-4
 
@@ -300,7 +343,9 @@ def test_metrics_of_a_rollout_are_over_all_rows_and_count_what_they_say():
     accuracy, form = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     rewards = {"reward": accuracy + form, "accuracy": accuracy, "format": form}
     assert train.rollout_metrics(Config(group_size=2), rollout, rewards) == {
-        "reward": 1.5, "accuracy": 0.75, "format": 0.75, "completion_tokens": 2.0, "cut": 0.25, "no_signal": 1.0
+        "reward": 1.5, "accuracy": 0.75, "format": 0.75,
+        "reward_std": pytest.approx((1 / 3) ** 0.5), "accuracy_std": 0.5, "format_std": 0.5,
+        "completion_tokens": 2.0, "cut": 0.25, "no_signal": 1.0,
     }  # fmt: skip
     assert train.rollout_metrics(Config(group_size=4), rollout, rewards)["no_signal"] == 0.0
 
@@ -428,6 +473,11 @@ def refused(command, arguments, capsys):
         (["--beta", "inf"], "--beta must be a number of at least 0"),
         (["--format_weight", "inf"], "--format_weight must be a number of at least 0"),
         (["--reference_every", "5"], "--reference_every needs --beta"),
+        (["--kl", "k3_ratio"], "--kl k3_ratio needs --beta"),
+        (["--kl", "k4", "--beta", "1"], "invalid choice: 'k4'"),
+        (["--clip_low", "-0.1"], "--clip_low must be a number of at least 0"),
+        (["--variant", "rloo"], "--variant rloo makes one update a rollout: add --minibatches 1 --inner_epochs 1"),
+        (["--variant", "reinforce", "--minibatches", "1", "--clip_high", "0.3"], "reinforce has no ratio to clip"),
         (["--reference_every", "-1"], "--reference_every must be at least 0"),
         (["--threads", "99999999999"], "--threads must be at most 1024"),
         (["--seed", "99999999999999999999"], "--seed must be at least 0 and below 2**63"),
