@@ -1,0 +1,269 @@
+"""Is the gradient biased? Exact answers, by enumerating everything that a tiny policy can say.
+
+    python experiments/bias.py                   # three tables, in a few seconds
+    python experiments/bias.py --plot bias.png   # and a picture (needs matplotlib)
+
+The policy says at most three tokens: "a", "b" and ".", which ends an output. That makes 15 outputs, whose
+probabilities follow from 21 logits, so every expectation over what it samples is a finite sum, and the expected
+gradient of a loss is exact. The losses are those of grpo.py, called on each group that could be sampled.
+"""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file finds the rooms above it
+
+from grpo import KL_ESTIMATORS, KL_TERMS, VARIANTS, group_advantages, policy_loss
+
+# ------------------------------------------------------------------------------------------------- the tiny policy
+
+LONGEST = 3
+PREFIXES = ["", "a", "b", "aa", "ab", "ba", "bb"]
+OUTPUTS = [prefix + token for prefix in PREFIXES for token in "ab." if token == "." or len(prefix) == LONGEST - 1]
+MASK = torch.tensor([[False] + [t < len(output) for t in range(LONGEST)] for output in OUTPUTS])  # column 0: the prompt
+LENGTHS = torch.tensor([len(output) for output in OUTPUTS], dtype=torch.float64)
+
+
+def random_logits(seed: int) -> Tensor:
+    """The logits of the next token after each prefix, (7, 3)."""
+    return torch.randn(len(PREFIXES), 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def output_logps(logits: Tensor) -> Tensor:
+    """The log-probability of each token of each output, (15, 4), and 0 outside the mask."""
+    logps = logits.log_softmax(dim=1)
+    rows = []
+    for output in OUTPUTS:
+        tokens = [logps[PREFIXES.index(output[:t]), "ab.".index(token)] for t, token in enumerate(output)]
+        rows.append(torch.stack([logps.new_zeros(()), *tokens, *[logps.new_zeros(())] * (LONGEST - len(output))]))
+    return torch.stack(rows)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Of the outputs, (15,)."""
+    return output_logps(logits).sum(dim=1).exp()
+
+
+def prefix_probabilities(logits: Tensor) -> Tensor:
+    """How likely an output is to come past each prefix, (7,)."""
+    chances = probabilities(logits)
+    return torch.stack([chances[[o.startswith(p) and o != p for o in OUTPUTS]].sum() for p in PREFIXES])
+
+
+# ------------------------------------------------------------------------------------------------ exact gradients
+
+
+def gradient(value: Tensor, logits: Tensor) -> Tensor:
+    return torch.autograd.grad(value, logits)[0]
+
+
+def true_gradient(logits: Tensor, values: Tensor) -> Tensor:
+    """Of the expectation of `values` (15,) of the outputs: what an unbiased estimator gives on average."""
+    logits = logits.clone().requires_grad_()
+    return gradient((probabilities(logits) * values).sum(), logits)
+
+
+def kl_gradient(logits: Tensor, ref_logits: Tensor, sampler: Tensor, reverse: bool) -> Tensor:
+    """Of KL(pi || ref), or of KL(ref || pi), at each prefix, summed as often as `sampler` comes past it."""
+    logits = logits.clone().requires_grad_()
+    policy, reference = logits.log_softmax(dim=1), ref_logits.log_softmax(dim=1)
+    per_prefix = policy.exp() * (policy - reference) if reverse else reference.exp() * (reference - policy)
+    return gradient((prefix_probabilities(sampler) * per_prefix.sum(dim=1)).sum(), logits)
+
+
+def all_groups(size: int) -> list[tuple[list[int], int]]:
+    """Every group of `size` outputs, and in how many orders it can be sampled."""
+    groups = combinations_with_replacement(range(len(OUTPUTS)), size)
+    return [(list(g), math.factorial(size) // math.prod(map(math.factorial, Counter(g).values()))) for g in groups]
+
+
+def expected_gradient(
+    logits: Tensor,
+    rewards: Tensor,
+    group_size: int,
+    variant: str,
+    scale: str | None = None,
+) -> Tensor:
+    """The direction in which `policy_loss` moves the policy, (7, 3), averaged over every group that the policy can
+    sample. One group is one optimizer step. `scale` stands in for the variant's own."""
+    logits = logits.clone().requires_grad_()
+    logps, chances = output_logps(logits), probabilities(logits).detach()
+    expected = 0.0
+    for group, orders in all_groups(group_size):
+        advantages = group_advantages(rewards[group], group_size, scale or VARIANTS[variant].scale)
+        loss, _ = policy_loss(logps[group], advantages, MASK[group], variant=variant, max_tokens=LONGEST)
+        expected = expected - orders * chances[group].prod() * loss
+    return gradient(expected, logits)
+
+
+def kl_term_gradient(logits: Tensor, reference: Tensor, sampler: Tensor, kl: str, variant: str = "dr_grpo") -> Tensor:
+    """The average gradient of the term that beta weighs, (7, 3), over the outputs that `sampler` can say. dr_grpo's
+    constant divisor is taken back, so that it is a sum over tokens; grpo's is 1/|o_i|."""
+    logits = logits.clone().requires_grad_()
+    batches = [x.split(1) for x in (output_logps(logits), output_logps(sampler), output_logps(reference), MASK)]
+    expected = 0.0
+    for chance, logps, old_logps, ref_logps, mask in zip(probabilities(sampler), *batches):
+        options = {"old_logps": old_logps, "ref_logps": ref_logps, "variant": variant, "beta": 1.0, "kl": kl}
+        loss, _ = policy_loss(logps, torch.zeros(1), mask, **options, max_tokens=1)
+        expected = expected + chance * loss
+    return gradient(expected, logits)
+
+
+def weight_of_question(pass_rate: float, group_size: int, scale: str) -> float:
+    """What the gradient of a question with right and wrong answers is multiplied by, on average over its groups: each
+    has some number of right outputs, and `group_advantages` says what they get."""
+    weight = 0.0
+    for right in range(1, group_size):
+        rewards = torch.tensor([1.0] * right + [0.0] * (group_size - right), dtype=torch.float64)
+        chance = math.comb(group_size, right) * pass_rate**right * (1 - pass_rate) ** (group_size - right)
+        weight += chance * right / group_size * group_advantages(rewards, group_size, scale)[0].item()
+    return weight / (pass_rate * (1 - pass_rate))
+
+
+# --------------------------------------------------------------------------------------------------- the questions
+
+
+def angle(one: Tensor, other: Tensor) -> float:
+    """In degrees, from 0 (the same direction) to 180 (the opposite one)."""
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine(one, other)))))
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    return ((one * other).sum() / (one.norm() * other.norm())).item()
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Relative to the length of the second."""
+    return ((one - other).norm() / other.norm()).item()
+
+
+REWARDS = torch.tensor(
+    [float(output[1:2] == "b") + float(output.endswith(".")) for output in OUTPUTS], dtype=torch.float64
+)  # "accuracy", a b in the second place, and "format", the end mark: 0, 1 or 2
+
+
+def print_deviation(group_size: int) -> None:
+    print("1. Does the standard deviation bias the gradient?\n")
+    print("Right or wrong, one question: the direction stays, the size depends on how often the policy is right.")
+    print(f"Groups of 8; what the question's gradient is multiplied by:\n\n{'pass rate':>16}", end="")
+    rates = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+    print("".join(f"{rate:8.2f}" for rate in rates))
+    for scale in ("leave_one_out", "none", "std"):
+        print(f"{scale:>16}" + "".join(f"{weight_of_question(rate, 8, scale):8.3f}" for rate in rates))
+    logits = random_logits(0)
+    off = angle(
+        expected_gradient(logits, REWARDS, group_size, "reinforce", scale="std"), true_gradient(logits, REWARDS)
+    )
+    print(
+        "\nYes, between questions: those that are nearly always or nearly never solved weigh more. Where rewards have"
+    )
+    print(f"grades, within a question too: by {off:.1f} degrees here (rewards 0, 1 and 2, groups of {group_size}).\n")
+
+
+def print_variants(group_size: int) -> None:
+    print(f"2. Does the length normaliser? Groups of {group_size}, all at ratio 1, against the true policy gradient.\n")
+    logits = random_logits(0)
+    target, longer = true_gradient(logits, REWARDS), true_gradient(logits, LENGTHS)
+    print(f"{'':10} {'advantages':>14} {'divided by':>20} {'angle':>8} {'length':>8} {'toward longer':>14}")
+    print(f"{'truth':10} {'':14} {'':20} {0:8.1f} {1:8.3f} {cosine(target, longer):14.3f}")
+    dividers = {"count_outputs": "outputs", "count_tokens": "tokens of the step", "count_budget": "outputs x limit"}
+    for name, row in VARIANTS.items():
+        found = expected_gradient(logits, REWARDS, group_size, name)
+        divider = "|o_i|, then outputs" if row.per_output.__name__ == "output_mean" else None
+        divider = divider or dividers[row.normalizer.__name__]
+        print(
+            f"{name:10} {row.scale:>14} {divider:>20} {angle(found, target):8.1f} "
+            f"{(found.norm() / target.norm()).item():8.3f} {cosine(found, longer):14.3f}"
+        )
+    print("\nangle: degrees between the expected gradient and the true one; length: the one's over the other's;")
+    print("toward longer: cosine with the gradient of the expected length. rloo is exact; reinforce is exact but for")
+    print(
+        f"1 - 1/G = {1 - 1 / group_size:.3f}, and dr_grpo but for that over the limit of {LONGEST} tokens. A mean over"
+    )
+    print("tokens, of an output or of a step, turns the gradient.\n")
+
+
+def print_kl() -> None:
+    print("3. Which gradient does a KL estimator give when it stands in the loss? Distance to three targets, relative")
+    print("to the reverse KL's gradient. On-policy, off-policy (an older policy sampled), and divided by |o_i|.\n")
+    logits, reference, older = (random_logits(seed) for seed in (0, 1, 2))
+    print(f"{'':10} {'0':>8} {'forward':>9} {'reverse':>9} {'off-policy: reverse':>21} {'with 1/|o_i|: reverse':>23}")
+    targets = [torch.zeros_like(logits)]
+    targets += [kl_gradient(logits, reference, logits, reverse) for reverse in (False, True)]
+    off_target = kl_gradient(logits, reference, older, True)
+    for kind in KL_TERMS:
+        found = kl_term_gradient(logits, reference, logits, kind)
+        gaps = [((found - target).norm() / targets[-1].norm()).item() for target in targets]
+        off = distance(kl_term_gradient(logits, reference, older, kind), off_target)
+        by_length = kl_term_gradient(logits, reference, logits, kind, variant="grpo")
+        scaled = by_length * (by_length * targets[-1]).sum() / by_length.pow(2).sum()  # any multiple would do
+        print(
+            f"{kind:10} {gaps[0]:8.3f} {gaps[1]:9.3f} {gaps[2]:9.3f} {off:21.3f} {distance(scaled, targets[-1]):23.3f}"
+        )
+    print(
+        "\nk3, as published, gives the forward KL's; k2, and k1 or k3 times the ratio, the reverse KL's, and with the"
+    )
+    print("ratio off-policy too; k1 gives nothing on average. 1/|o_i| depends on what is sampled, so it spoils each of")
+    print("them, at its best multiple even (k1 is noise no longer, but nothing of use either).")
+
+
+def plot(path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    rates = torch.linspace(0.01, 0.99, 99).tolist()
+    left.plot(
+        rates, [weight_of_question(rate, 8, "leave_one_out") for rate in rates], "k--", label="leave-one-out: exact"
+    )
+    left.plot(rates, [weight_of_question(rate, 8, "none") for rate in rates], label="mean only")
+    for size in (8, 64):
+        left.plot(rates, [weight_of_question(rate, size, "std") for rate in rates], label=f"standardised, G = {size}")
+    left.set(title="What a question weighs", xlabel="pass rate", ylabel="times its true gradient", ylim=(0, 8))
+    left.legend()
+
+    lengths = range(1, 101)
+    middle.plot(lengths, [1 / length for length in lengths], label="grpo, gspo: 1/|o|")
+    middle.plot(lengths, [0.02] * len(lengths), label="dapo, cispo: 1/(mean length), here 50")
+    middle.plot(lengths, [0.01] * len(lengths), "k--", label="dr_grpo: 1/limit, here 100")
+    middle.set(title="What a token weighs", xlabel="tokens of its output", yscale="log")
+    middle.legend()
+
+    logits, reference = random_logits(0), random_logits(1)
+    bars = {"reverse KL": kl_gradient(logits, reference, logits, True)}
+    bars["forward KL"] = kl_gradient(logits, reference, logits, False)
+    bars |= {kind: kl_term_gradient(logits, reference, logits, kind) for kind in (*KL_ESTIMATORS, "k3_ratio")}
+    for i, (name, values) in enumerate(bars.items()):
+        color = ("k", "0.6", "C0", "C1", "C2", "C3")[i]
+        right.bar([token + 0.13 * (i - 2.5) for token in range(3)], values[0], width=0.12, label=name, color=color)
+    right.set_xticks(range(3), ["a", "b", "."])
+    right.axhline(0, color="k", linewidth=0.5)
+    right.set(title="Expected gradient of the KL term", xlabel="logit of the first token")
+    right.legend(ncols=2)
+    figure.savefig(path, dpi=110)
+    print(f"\n-> {path}")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--group_size", type=int, default=2, choices=(2, 3), help="outputs of a group [2]")
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture")
+    args = parser.parse_args(arguments)
+    print_deviation(args.group_size)
+    print_variants(args.group_size)
+    print_kl()
+    if args.plot:
+        plot(args.plot)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
