@@ -1,0 +1,208 @@
+"""Exact expectations: every output of a tiny policy, and every group of them, enumerated (experiments/bias.py)."""
+
+import itertools
+
+import pytest
+import torch
+
+from experiments.bias import (
+    LENGTHS,
+    MASK,
+    OUTPUTS,
+    PREFIXES,
+    REWARDS,
+    all_groups,
+    angle,
+    cosine,
+    distance,
+    expected_gradient,
+    gradient,
+    kl_gradient,
+    kl_term_gradient,
+    output_logps,
+    prefix_probabilities,
+    probabilities,
+    random_logits,
+    true_gradient,
+    weight_of_question,
+)
+from grpo import KL_TERMS
+
+CLOSE = {"rtol": 0, "atol": 1e-10}
+SEEDS = (0, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------- the enumeration itself
+
+
+def test_the_outputs_are_all_there_and_their_probabilities_add_up_to_1():
+    assert sorted(OUTPUTS) == sorted(
+        {"".join(w).partition(".")[0] + "." * ("." in w) for w in itertools.product("ab.", repeat=3)}
+    )
+    assert len(OUTPUTS) == 15
+    logits = random_logits(0)
+    assert probabilities(logits).sum().item() == pytest.approx(1, abs=1e-12)
+    assert (output_logps(logits)[~MASK] == 0).all()
+    by_hand = logits.softmax(dim=1)
+    assert probabilities(logits)[OUTPUTS.index("ba.")].item() == pytest.approx(
+        (by_hand[PREFIXES.index(""), 1] * by_hand[PREFIXES.index("b"), 0] * by_hand[PREFIXES.index("ba"), 2]).item()
+    )
+    assert prefix_probabilities(logits)[PREFIXES.index("b")].item() == pytest.approx(by_hand[0, 1].item())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_groups_stand_for_every_ordered_choice_of_outputs(size):
+    groups = all_groups(size)
+    assert sum(orders for _, orders in groups) == 15**size
+    counted = {tuple(group): orders for group, orders in groups}
+    ordered = [tuple(sorted(choice)) for choice in itertools.product(range(15), repeat=size)]
+    assert all(ordered.count(group) == counted[group] for group in list(counted)[::50])
+
+
+def test_the_true_gradient_is_that_of_finite_differences():
+    logits, found = random_logits(0), true_gradient(random_logits(0), REWARDS)
+    for i, j in itertools.product(range(7), range(3)):
+        step = torch.zeros_like(logits)
+        step[i, j] = 1e-6
+        high, low = ((probabilities(logits + sign * step) * REWARDS).sum().item() for sign in (1, -1))
+        assert found[i, j].item() == pytest.approx((high - low) / 2e-6, abs=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------ policy gradients
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_leave_one_out_gives_the_true_policy_gradient(seed, group_size):
+    logits = random_logits(seed)
+    found = expected_gradient(logits, REWARDS, group_size, "rloo")
+    torch.testing.assert_close(found, true_gradient(logits, REWARDS), **CLOSE)
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+@pytest.mark.parametrize(("variant", "divisor"), [("reinforce", 1), ("dr_grpo", 3)])
+def test_mean_only_gives_1_minus_1_over_g_times_the_true_policy_gradient(variant, divisor, group_size):
+    """The mean holds the output's own reward. dr_grpo divides by the limit of 3 tokens too."""
+    logits = random_logits(0)
+    found = expected_gradient(logits, REWARDS, group_size, variant)
+    torch.testing.assert_close(found * divisor, (1 - 1 / group_size) * true_gradient(logits, REWARDS), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("variant", "group_size", "degrees", "length"),
+    [
+        ("grpo", 2, 19.52, 0.2876),
+        ("grpo", 3, 19.76, 0.4679),
+        ("gspo", 2, 19.52, 0.2876),
+        ("gspo", 3, 19.76, 0.4679),
+        ("dapo", 2, 5.00, 0.2913),
+        ("dapo", 3, 4.15, 0.4964),
+        ("cispo", 2, 5.00, 0.2913),
+        ("cispo", 3, 4.15, 0.4964),
+    ],
+)
+def test_the_other_variants_are_as_biased_as_they_are(variant, group_size, degrees, length):
+    """The numbers that experiments/bias.py prints: how far the expected gradient turns, and how long it is."""
+    logits = random_logits(0)
+    found, target = expected_gradient(logits, REWARDS, group_size, variant), true_gradient(logits, REWARDS)
+    assert angle(found, target) == pytest.approx(degrees, abs=0.01)
+    assert (found.norm() / target.norm()).item() == pytest.approx(length, abs=1e-4)
+
+
+def test_at_ratio_1_variants_that_differ_in_ratio_and_clip_alone_are_the_same():
+    logits = random_logits(1)
+    for one, other in (("grpo", "gspo"), ("dapo", "cispo")):
+        first, second = (expected_gradient(logits, REWARDS, 2, variant) for variant in (one, other))
+        torch.testing.assert_close(first, second, **CLOSE)
+
+
+def test_a_mean_over_the_tokens_of_an_output_turns_the_gradient_and_a_sum_does_not():
+    """The length normaliser alone: mean-only advantages with 1/|o_i|, and without."""
+    logits = random_logits(0)
+    target, longer = true_gradient(logits, REWARDS), true_gradient(logits, LENGTHS)
+    by_output = expected_gradient(logits, REWARDS, 2, "grpo", scale="none")
+    assert angle(by_output, target) > 15
+    assert angle(expected_gradient(logits, REWARDS, 2, "reinforce", scale="none"), target) < 1e-4
+    assert cosine(by_output, longer) < cosine(target, longer) - 0.2
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+@pytest.mark.parametrize("scale", ["none", "std", "leave_one_out"])
+def test_with_right_and_wrong_alone_the_scale_changes_a_questions_weight_and_not_its_direction(scale, group_size):
+    logits, right = random_logits(0), (REWARDS == 2).double()
+    pass_rate = (probabilities(logits) * right).sum().item()
+    found = expected_gradient(logits, right, group_size, "reinforce", scale=scale)
+    weight = weight_of_question(pass_rate, group_size, scale)
+    torch.testing.assert_close(found, weight * true_gradient(logits, right), **CLOSE)
+
+
+def test_the_standard_deviation_weighs_hard_and_easy_questions_more_and_graded_rewards_askew():
+    weights = [weight_of_question(rate, 8, "std") for rate in (0.01, 0.5, 0.99)]
+    assert weights == pytest.approx([2.440, 1.735, 2.440], abs=1e-3)
+    for rate in (0.01, 0.5, 0.99):
+        assert weight_of_question(rate, 8, "leave_one_out") == pytest.approx(1, abs=1e-6)
+        assert weight_of_question(rate, 8, "none") == pytest.approx(7 / 8, abs=1e-6)
+    logits = random_logits(0)
+    found = expected_gradient(logits, REWARDS, 2, "reinforce", scale="std")
+    assert angle(found, true_gradient(logits, REWARDS)) == pytest.approx(1.5, abs=0.05)
+
+
+# --------------------------------------------------------------------------------------- the KL's gradient in a loss
+
+
+def is_close(one, other):
+    return torch.allclose(one, other, **CLOSE)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_each_kl_kind_gives_on_policy_the_gradient_that_its_docstring_says(seed):
+    logits, reference = random_logits(seed), random_logits(seed + 10)
+    reverse, forward = (kl_gradient(logits, reference, logits, direction) for direction in (True, False))
+    targets = {
+        "k1": torch.zeros_like(logits),
+        "k2": reverse,
+        "k3": forward,
+        "k1_ratio": reverse,
+        "k3_ratio": reverse,
+    }
+    assert min(distance(forward, reverse), distance(reverse, forward)) > 0.1
+    for kind in KL_TERMS:
+        found = kl_term_gradient(logits, reference, logits, kind)
+        for target in (torch.zeros_like(logits), reverse, forward):
+            assert is_close(found, target) == (kind in targets and is_close(target, targets[kind])), kind
+
+
+def test_off_policy_only_the_kinds_with_the_ratio_give_the_reverse_kl():
+    logits, reference, older = (random_logits(seed) for seed in SEEDS)
+    target = kl_gradient(logits, reference, older, reverse=True)
+    for kind in KL_TERMS:
+        found = kl_term_gradient(logits, reference, older, kind)
+        assert is_close(found, target) == (kind in ("k1_ratio", "k3_ratio")), kind
+
+
+def test_the_target_of_the_kl_is_that_at_each_position_with_the_prefixes_as_sampled():
+    """By hand: sum over prefixes of how often they come times KL at the prefix. The KL of whole outputs has a second
+    part, the change of which prefixes come, which no per-token estimator sees."""
+    logits, reference = random_logits(0), random_logits(1)
+    policy = logits.clone().requires_grad_()
+    by_prefix = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=policy), torch.distributions.Categorical(logits=reference)
+    )
+    weighted = gradient((prefix_probabilities(logits) * by_prefix).sum(), policy)
+    torch.testing.assert_close(kl_gradient(logits, reference, logits, True), weighted, **CLOSE)
+    policy = logits.clone().requires_grad_()
+    whole = probabilities(policy) * (output_logps(policy) - output_logps(reference)).sum(dim=1)
+    assert not is_close(gradient(whole.sum(), policy), weighted)
+
+
+@pytest.mark.parametrize("kind", KL_TERMS)
+def test_one_over_the_length_departs_from_every_target(kind):
+    """1/|o_i| is known only when the output has ended, so a token that makes outputs longer is weighed down."""
+    logits, reference = random_logits(0), random_logits(1)
+    found = kl_term_gradient(logits, reference, logits, kind, variant="grpo")
+    for direction in (True, False):
+        target = kl_gradient(logits, reference, logits, direction)
+        best = target * (found * target).sum() / target.pow(2).sum()
+        assert (found - best).norm() > 0.02 * found.norm(), "no multiple of it either"
+    assert found.norm() > 0.05, "k1 is no longer without effect"
+
