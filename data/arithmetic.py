@@ -83,12 +83,12 @@ def parse_problem(text: str, language: str = "en") -> Problem:
     hint = 'write a chain such as "7 + 8 - 3"'
     stripped = re.sub(r"^\s*what is\b|\?\s*$", "", text.lower())
     parts = re.findall(r"[0-9]+|[^\W0-9_]+|\S", stripped)
-    operators = {"+": "+", "plus": "+", "-": "-", "minus": "-"}
+    operators = {name: operator for operator, word in SPOKEN.items() for name in (operator, word)}
     for i, part in enumerate(parts):
         if i % 2 == 0 and not re.fullmatch("[0-9]{1,4}", part):
             raise ValueError(f'"{part[:20]}" stands where a number of at most 4 digits should: {hint}')
         if i % 2 == 1 and part not in operators:
-            raise ValueError(f'"{part[:20]}" stands where + or - should: {hint}')
+            raise ValueError(f'"{part[:20]}" stands where {" or ".join(SPOKEN)} should: {hint}')
     if len(parts) < 3 or len(parts) % 2 == 0:
         raise ValueError(f'"{" ".join(text.split())[:40]}" is not a whole problem: {hint}')
     return write_problem(" ".join(operators.get(part) or str(int(part)) for part in parts), language)
