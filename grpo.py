@@ -196,7 +196,8 @@ class Variant:
     """One objective, as independent choices; the defaults are those of GRPO as published.
 
     To be maximised: the sum over outputs of per_output(surrogate(ratio, ...)), divided by normalizer. `scale` is for
-    `group_advantages`. The ratio is clipped to [1 - clip_low, 1 + clip_high]; None stands for a variant without one.
+    `group_advantages`. The ratio is clipped to [1 - clip_low, 1 + clip_high]; None stands for a variant without one. A
+    surrogate is also called with infinite bounds, which tells the metrics what the clip has changed.
     """
 
     source: str

@@ -244,7 +244,8 @@ def plot(path: str) -> None:
     bars |= {kind: kl_term_gradient(logits, reference, logits, kind) for kind in (*KL_ESTIMATORS, "k3_ratio")}
     for i, (name, values) in enumerate(bars.items()):
         color = ("k", "0.6", "C0", "C1", "C2", "C3")[i]
-        right.bar([token + 0.13 * (i - 2.5) for token in range(3)], values[0], width=0.12, label=name, color=color)
+        places = [token + 0.13 * (i - 2.5) for token in range(3)]
+        right.bar(places, values[0].tolist(), width=0.12, label=name, color=color)
     right.set_xticks(range(3), ["a", "b", "."])
     right.axhline(0, color="k", linewidth=0.5)
     right.set(title="Expected gradient of the KL term", xlabel="logit of the first token")
@@ -254,7 +255,9 @@ def plot(path: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--group_size", type=int, default=2, choices=(2, 3), help="outputs of a group [2]")
     parser.add_argument("--plot", metavar="FILE", help="draw a picture")
     args = parser.parse_args(arguments)

@@ -82,7 +82,9 @@ def plot(path: str, folders: list[Path], runs: list[tuple[dict, list[dict], dict
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", nargs=2, type=Path, help="folder of a run")
     parser.add_argument("--plot", metavar="FILE", help="draw their curves")
     args = parser.parse_args(arguments)

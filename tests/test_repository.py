@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import train
 from data.arithmetic import is_held_out
 from experiments.collect import table
+from grpo import VARIANTS, clipped_weight, sequence_ratio
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,9 +54,10 @@ def test_the_four_packages_are_pinned():
     assert all(re.fullmatch(r"\w+==[\d.]+", pin) for pin in pins)
 
 
-def test_commands_of_the_readme_parse(monkeypatch):
-    monkeypatch.setitem(train.VARIANTS, "mine", train.VARIANTS["grpo"])  # the README adds this row
-    commands = re.findall(r"^python (\S+)(.*?)(?:#.*)?$", README, re.MULTILINE)
+def test_commands_of_the_readme_parse():
+    before, changes, after = re.split("^## (?:Change it|What to look at).*$", README, flags=re.MULTILINE)
+    assert "diff" in changes, "the commands there are run by test_recipes.py"
+    commands = re.findall(r"^python (\S+)(.*?)(?:#.*)?$", before + after, re.MULTILINE)
     assert len(commands) >= 5
     for script, arguments in commands:
         assert script == "-m" or (ROOT / script).exists()
@@ -72,7 +75,35 @@ def test_files_tests_and_flags_that_the_readme_names_exist():
         assert (ROOT / path).exists(), path
     knobs = {field.name for field in train.fields(train.Config)}
     for flag in re.findall(r"--([a-z_]+)", README):
-        assert flag in knobs | {"help", "checkpoint", "short_weight"}, flag  # the last is the README's example
+        assert flag in knobs | {"help", "checkpoint", "plot", "short_weight"}, flag  # the last is the README's example
+
+
+def test_the_readmes_table_of_variants_is_that_of_the_code():
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", README, re.M)}
+    assert set(rows) == set(VARIANTS)
+    for name, (advantage, ratio, clip, divided) in rows.items():
+        row = VARIANTS[name]
+        assert advantage == {
+            "std": "over the group's standard deviation", "none": "mean only", "leave_one_out": "mean of the others"
+        }[row.scale]  # fmt: skip
+        assert ratio.startswith("none") == (row.ratio is None)
+        assert ("by output" in ratio) == (row.ratio is sequence_ratio)
+        assert ("constant weight" in ratio) == (row.surrogate is clipped_weight)
+        if row.ratio:
+            assert clip == ", ".join("none" if bound == math.inf else f"{bound:g}" for bound in clip_of(row))
+        assert (
+            divided
+            == {
+                "output_mean count_outputs": "each output's tokens, then outputs",
+                "output_sum count_outputs": "outputs",
+                "output_sum count_tokens": "tokens of the step",
+                "output_sum count_budget": "outputs x `--max_new_tokens`",
+            }[f"{row.per_output.__name__} {row.normalizer.__name__}"]
+        )
+
+
+def clip_of(row):
+    return row.clip_low, row.clip_high
 
 
 def test_the_readmes_table_is_that_of_the_results():

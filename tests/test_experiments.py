@@ -1,0 +1,91 @@
+"""The commands of experiments/: what they print is so, and is what the README shows."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import bias, by_hand, compare
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PNG = b"\x89PNG"
+
+
+def test_the_worked_example_by_hand_is_what_the_code_computes_and_what_the_readme_shows(capsys):
+    by_hand.main()
+    shown = capsys.readouterr().out
+    assert f"```text\n{shown}```" in README
+    losses = re.findall(r"by hand -\((.*)\) / (\d+) = (\S+)\n +policy_loss (\S+)", shown)
+    assert len(losses) == 3
+    for terms, divisor, total, computed in losses:
+        assert total == computed
+        assert -eval(terms) / int(divisor) == pytest.approx(float(computed), abs=6e-5)
+    advantages = re.findall(r"by hand (\(.*\) / \(.*\)) = +(\S+) +group_advantages +(\S+)", shown)
+    assert len(advantages) == 8
+    for terms, by_reader, computed in advantages:
+        assert by_reader == computed
+        assert eval(terms) == pytest.approx(float(computed), abs=2e-4)
+    assert float(advantages[0][2]) > 1
+
+
+def test_the_tables_of_the_bias_are_what_the_readme_shows(capsys, tmp_path):
+    bias.main(["--plot", str(tmp_path / "bias.png")])
+    shown = capsys.readouterr().out
+    for name in ("std", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce", "rloo", *bias.KL_TERMS):
+        (line,) = re.findall(rf"^ *{name} .*\d$", shown, re.MULTILINE)
+        assert line in README, line
+    assert (tmp_path / "bias.png").read_bytes().startswith(PNG)
+
+
+def write_run(folder, result=None, **config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"variant": "grpo", "lr": 0.5, "steps": 30, "out": "x"} | config))
+    records = [{"phase": "pretrain", "step": 50, "loss": 2.0}]
+    for step in range(1, 21):
+        record = {"phase": "grpo", "step": step, "accuracy": step / 20 * config.get("lr", 0.5), "entropy": 1.0}
+        record |= {"held_out_accuracy": 0.25} if step % 10 == 0 else {}
+        record |= {"k3_old": 0.125} if config else {}
+        records.append(record)
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if result:
+        (folder / "result.json").write_text(json.dumps(result))
+    return str(folder)
+
+
+def test_two_runs_are_compared_by_flags_results_and_logs(capsys, tmp_path):
+    base, r1_zero = {"pass@1": 0.25, "beyond": {}}, {"pass@1": 0.5, "beyond": {}}
+    one = write_run(tmp_path / "one", {"base": base, "r1_zero": r1_zero})
+    two = write_run(tmp_path / "two", {"base": base, "r1_zero": {"pass@1": 0.75}}, lr=1.0, variant="mine")
+    compare.main([one, two, "--plot", str(tmp_path / "compare.png")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["variant", "grpo", "mine"] in lines
+    assert ["lr", "0.5", "1", "+0.5"] in lines
+    assert ["pass@1", "0.5", "0.75", "+0.25"] in lines
+    assert ["accuracy", "0.3875", "0.775", "+0.388"] in lines, "steps 11 to 20"
+    assert ["accuracy", "0.2625", "0.525"] in [line[:3] for line in lines], "all steps"
+    assert ["k3_old", "-", "0.125"] in lines
+    assert not any("out" in line[:1] or "steps" in line[:1] for line in lines), "what is the same is not listed"
+    assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
+    three = write_run(tmp_path / "three")
+    compare.main([one, three])
+    shown = capsys.readouterr().out
+    assert "20 of 30 steps" in shown and "held out" not in shown, "a run that has no result yet"
+
+
+def test_what_is_no_run_is_refused_in_one_line(capsys, tmp_path):
+    one = write_run(tmp_path / "one")
+    (tmp_path / "empty").mkdir()
+    young = Path(write_run(tmp_path / "young"))
+    (young / "log.jsonl").write_text("")
+    for other, complaint in (
+        (tmp_path / "nowhere", "holds no config.json"),
+        (tmp_path / "empty", "holds no config.json"),
+        (young, "has not taken a step of GRPO yet"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            compare.main([one, str(other)])
+        printed = capsys.readouterr()
+        assert stop.value.code == 2 and printed.out == ""
+        assert complaint in printed.err and printed.err.count("\n") == 1
