@@ -205,4 +205,3 @@ def test_one_over_the_length_departs_from_every_target(kind):
         best = target * (found * target).sum() / target.pow(2).sum()
         assert (found - best).norm() > 0.02 * found.norm(), "no multiple of it either"
     assert found.norm() > 0.05, "k1 is no longer without effect"
-

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer import get_tokenizer
+from grpo import VARIANTS
 from model import ModelConfig, Transformer, save_model
 
 ROOT = Path(__file__).parent.parent
@@ -57,10 +58,44 @@ def test_a_recipe_of_the_readme_applies_and_runs(name, tmp_path):
     if "KL" in name:
         assert "k3_ref" in record
     if "reward" in name:
-        assert 0 < record["short"] < 1
-        assert record["reward"] == pytest.approx(record["short"] + record["accuracy"] + record["format"], abs=1e-5)
+        assert {"careful", "careful_std"} <= set(record)
+        problems = "train.sample_problems(train.Config(), 'any', 0, 1, held_out=False)"
+        rewards = f"train.score(train.Config(careful_weight=2.0), {problems}, ['#1 a ok #2 b'])"
+        code = f"import train; print({rewards}['reward'])"
+        said = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout
+        assert said == "tensor([1.])\n", "twice one half"
     if "task" in name:
         code = "from data.arithmetic import *; print(parse_problem('2 * 3 + 1'))"
         said = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout
         assert "what is 2 times 3 plus 1?" in said and "answer='7'" in said
         assert " times " in (folder / "out" / "times" / "samples.txt").read_text()
+
+
+def test_what_the_readme_says_of_the_recipes_is_what_the_runs_gave():
+    """experiments/results/changes.json holds the runs; here are the sentences, made from it."""
+    runs = json.loads((ROOT / "experiments" / "results" / "changes.json").read_text())["runs"]
+    first, last, every, ended = (
+        {run["name"].removeprefix("recipe: "): run[part] for run in runs}
+        for part in ("first 10", "last 10", "all steps", "pass@1")
+    )
+    right = {name: f"{100 * value:.1f} %" for name, value in ended.items()}
+    grpo, clip, advantage = every["grpo"], every["clip"], every["advantage"]
+    tokens, base = ({run["name"]: run[part] for run in runs} for part in ("completion_tokens", "base pass@1"))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for sentence in (
+        f"over the run falls from {grpo['grad_norm']:.2f} to {advantage['grad_norm']:.2f}",
+        f"(`accuracy` over the run {grpo['accuracy']:.2f}, then {advantage['accuracy']:.2f}; in the end "
+        f"{right['advantage']} for {right['grpo']})",
+        f"{grpo['clip_low']:.5f} and {grpo['clip_high']:.5f} over the run become "
+        f"{clip['clip_low']:.4f} and {clip['clip_high']:.4f}",
+        f"({right['clip']} for {right['grpo']})",
+        f"{last['kl']['entropy']:.4f} for {last['k3']['entropy']:.3f}, at the same `k3_ref` of "
+        f"{last['kl']['k3_ref']:.2f}, and {right['kl']} for {right['k3']}",
+        f"{first['careful']['careful']:.2f} over the first ten steps, {last['careful']['careful']:.2f} over the last",
+        f"from {tokens['grpo']:.1f} to {tokens['recipe: careful']:.1f} tokens, and are right as often "
+        f"({right['careful']})",
+        f"{100 * base['recipe: task']:.1f} % before, {right['task']} after",
+    ):
+        assert sentence in text, sentence
+    ends = [ended[name] for name in VARIANTS]
+    assert f"({100 * min(ends):.1f} to {100 * max(ends):.1f} % of held-out problems" in text

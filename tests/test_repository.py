@@ -75,7 +75,9 @@ def test_files_tests_and_flags_that_the_readme_names_exist():
         assert (ROOT / path).exists(), path
     knobs = {field.name for field in train.fields(train.Config)}
     for flag in re.findall(r"--([a-z_]+)", README):
-        assert flag in knobs | {"help", "checkpoint", "plot", "short_weight"}, flag  # the last is the README's example
+        assert flag in knobs | {"help", "checkpoint", "plot", "careful_weight"}, (
+            flag
+        )  # the last is the README's example
 
 
 def test_the_readmes_table_of_variants_is_that_of_the_code():
