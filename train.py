@@ -53,7 +53,7 @@ class Config:
     out: str = ""  # folder of the run; must not exist yet; default out/<preset>-<variant>-seed<seed>
     init: str = ""  # a base model to start GRPO from, in place of pretraining one
     device: str = "cpu"  # a torch device
-    threads: int = 2  # CPU threads; a model this small gains nothing from more
+    threads: int = 1  # CPU threads; a second one slowed these small products down by half
     # task
     min_level: int = 2  # operations in the shortest problem
     max_level: int = 5  # operations in the longest one
