@@ -20,7 +20,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file finds the rooms above it
 
-from grpo import KL_ESTIMATORS, KL_TERMS, VARIANTS, group_advantages, policy_loss
+from grpo import (
+    KL_ESTIMATORS,
+    KL_TERMS,
+    VARIANTS,
+    group_advantages,
+    policy_loss,
+)
 
 # ------------------------------------------------------------------------------------------------- the tiny policy
 
@@ -158,36 +164,39 @@ def print_deviation(group_size: int) -> None:
     for scale in ("leave_one_out", "none", "std"):
         print(f"{scale:>16}" + "".join(f"{weight_of_question(rate, 8, scale):8.3f}" for rate in rates))
     logits = random_logits(0)
-    off = angle(
-        expected_gradient(logits, REWARDS, group_size, "reinforce", scale="std"), true_gradient(logits, REWARDS)
-    )
+    graded = expected_gradient(logits, REWARDS, group_size, "reinforce", scale="std")
+    degrees = angle(graded, true_gradient(logits, REWARDS))
     print(
-        "\nYes, between questions: those that are nearly always or nearly never solved weigh more. Where rewards have"
+        f"""
+Yes, between questions: those that are nearly always or nearly never solved weigh more. Where rewards have grades,
+within a question too: by {degrees:.1f} degrees here (rewards 0, 1 and 2, groups of {group_size}).
+"""
     )
-    print(f"grades, within a question too: by {off:.1f} degrees here (rewards 0, 1 and 2, groups of {group_size}).\n")
 
 
 def print_variants(group_size: int) -> None:
     print(f"2. Does the length normaliser? Groups of {group_size}, all at ratio 1, against the true policy gradient.\n")
     logits = random_logits(0)
     target, longer = true_gradient(logits, REWARDS), true_gradient(logits, LENGTHS)
-    print(f"{'':10} {'advantages':>14} {'divided by':>20} {'angle':>8} {'length':>8} {'toward longer':>14}")
-    print(f"{'truth':10} {'':14} {'':20} {0:8.1f} {1:8.3f} {cosine(target, longer):14.3f}")
-    dividers = {"count_outputs": "outputs", "count_tokens": "tokens of the step", "count_budget": "outputs x limit"}
+    columns = f"{'angle':>7} {'if mean only':>13} {'length':>8} {'longer':>8}"
+    print(f"{'':10} {'advantages':>14} {'aggregation':>26} {columns}")
+    print(f"{'truth':10} {'':14} {'':26} {0:7.1f} {'':13} {1:8.3f} {cosine(target, longer):8.3f}")
     for name, row in VARIANTS.items():
         found = expected_gradient(logits, REWARDS, group_size, name)
-        divider = "|o_i|, then outputs" if row.per_output.__name__ == "output_mean" else None
-        divider = divider or dividers[row.normalizer.__name__]
+        mean_only = expected_gradient(logits, REWARDS, group_size, name, scale="none")
+        aggregation = f"{row.per_output.__name__}, {row.normalizer.__name__}"
         print(
-            f"{name:10} {row.scale:>14} {divider:>20} {angle(found, target):8.1f} "
-            f"{(found.norm() / target.norm()).item():8.3f} {cosine(found, longer):14.3f}"
+            f"{name:10} {row.scale:>14} {aggregation:>26} {angle(found, target):7.1f} {angle(mean_only, target):13.1f} "
+            f"{(found.norm() / target.norm()).item():8.3f} {cosine(found, longer):8.3f}"
         )
-    print("\nangle: degrees between the expected gradient and the true one; length: the one's over the other's;")
-    print("toward longer: cosine with the gradient of the expected length. rloo is exact; reinforce is exact but for")
     print(
-        f"1 - 1/G = {1 - 1 / group_size:.3f}, and dr_grpo but for that over the limit of {LONGEST} tokens. A mean over"
+        f"""
+angle: degrees between the expected gradient and the true one, with the variant's own advantages and with the mean
+alone taken away; length: of the one over the other; longer: cosine with the gradient of the expected length.
+rloo is exact; reinforce is exact but for 1 - 1/G = {1 - 1 / group_size:.3f}, and dr_grpo but for that over the limit of
+{LONGEST} tokens. A mean over tokens, of an output or of a step, turns the gradient.
+"""
     )
-    print("tokens, of an output or of a step, turns the gradient.\n")
 
 
 def print_kl() -> None:
@@ -208,10 +217,11 @@ def print_kl() -> None:
             f"{kind:10} {gaps[0]:8.3f} {gaps[1]:9.3f} {gaps[2]:9.3f} {off:21.3f} {distance(scaled, targets[-1]):23.3f}"
         )
     print(
-        "\nk3, as published, gives the forward KL's; k2, and k1 or k3 times the ratio, the reverse KL's, and with the"
+        """
+k3, as published, gives the forward KL's; k2, and k1 or k3 times the ratio, the reverse KL's, and with the ratio
+off-policy too; k1 gives nothing on average. 1/|o_i| depends on what is sampled, so it spoils each of them, at its best
+multiple even; k1 is then no longer nothing, but of no use either."""
     )
-    print("ratio off-policy too; k1 gives nothing on average. 1/|o_i| depends on what is sampled, so it spoils each of")
-    print("them, at its best multiple even (k1 is noise no longer, but nothing of use either).")
 
 
 def plot(path: str) -> None:

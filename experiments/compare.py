@@ -1,7 +1,7 @@
 """Two runs side by side: what was set differently, how they ended, and what their logs say.
 
-    python experiments/compare.py out/cpu-grpo-seed0 out/cpu-mine-seed0
-    python experiments/compare.py out/cpu-grpo-seed0 out/cpu-mine-seed0 --plot compare.png   # needs matplotlib
+    python experiments/compare.py out/cpu-grpo-seed0 out/harder
+    python experiments/compare.py out/cpu-grpo-seed0 out/harder --plot compare.png   # needs matplotlib
 
 A run that is still going, or that stopped, is compared as far as its log goes.
 """
