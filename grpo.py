@@ -7,15 +7,15 @@ For each question q, sample a group of G outputs o_1 ... o_G from the old policy
     KL_it    = pi_ref / pi - log(pi_ref / pi) - 1                                  the k3 estimator, eq. 4
     J        = 1/G sum_i 1/|o_i| sum_t [ min(ratio_it A_i, clip(ratio_it, 1 - eps, 1 + eps) A_i) - beta KL_it ]   eq. 3
 
-and go up the gradient of J. There is no value model: the group's mean is the baseline.
+and go up the gradient of J, averaged over the questions. There is no value model: the group's mean is the baseline.
 
 Pure functions of tensors. B rows, the G of one question adjacent; T token positions; V vocabulary. Entry [:, t] of
 `mask`, `logps` and `entropy` speaks of `tokens[:, t]` given `tokens[:, :t]`, so column 0 is always 0; only
 `token_logps` and `token_entropy` know of the shift between logits and tokens. Every log-probability is that of the
 distribution that was sampled from, its temperature included.
 
-The loss is about 0 and its value means nothing: where the ratio is 1 it is minus the mean of advantages that sum to
-0. Its gradient is what it is for. Watch the rewards.
+The value of the loss means nothing. At ratio 1 that of GRPO is minus the mean of advantages that sum to 0, so it is 0
+whatever the policy does; its gradient is what it is for. Watch the rewards.
 """
 
 import math
@@ -48,8 +48,10 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "std", eps: 
     _check_name("scale", scale, SCALES)
     if group_size < 2:
         raise ValueError(f"a group must have at least 2 outputs, not {group_size}")
-    if rewards.dim() != 1 or not rewards.is_floating_point() or len(rewards) == 0 or len(rewards) % group_size:
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)}, {rewards.dtype}, are not groups of {group_size}")
+    if rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)} are not groups of {group_size}")
+    if not rewards.is_floating_point():
+        raise ValueError(f"rewards must be floating-point numbers, not {rewards.dtype}")
     if not rewards.isfinite().all():
         raise ValueError(f"rewards must be finite: {rewards[~rewards.isfinite()].tolist()} are among them")
     groups = rewards.view(-1, group_size)  # (P, G)
@@ -68,7 +70,7 @@ def token_logps(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Ten
     `temperature` is the one that the tokens were sampled at: the policy that is trained is the one that was sampled.
     Raises ValueError for shapes that do not match and for a temperature that is not above 0.
     """
-    if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
+    if logits.shape[:2] != tokens.shape:
         raise ValueError(f"logits {tuple(logits.shape)} must be (B, T, V) for tokens {tuple(tokens.shape)}")
     scaled = _scaled(logits, temperature)
     chosen = scaled.gather(-1, tokens[:, 1:, None]).squeeze(-1)
@@ -83,8 +85,8 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     """The logits that speak of a token, at the precision that log-probabilities need."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
+    if logits.dim() != 3 or not 0 < temperature < math.inf:
+        raise ValueError(f"logits {tuple(logits.shape)} must be (B, T, V), temperature {temperature} above 0")
     return logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)) / temperature
 
 
@@ -105,13 +107,19 @@ def k3(log_ratio: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-KL_ESTIMATORS = {  # of log(pi_ref / pi)
+def k3_ratio(log_ratio: Tensor, ratio: Tensor) -> Tensor:
+    """k3 times `ratio`, the differentiable pi / pi_old. The product pi_ref / pi_old does not depend on pi, so the
+    gradient is -ratio * log(pi_ref / pi), exact and far from overflow where k3 stands still."""
+    ref_over_old = (log_ratio + ratio.log()).detach().clamp(max=MAX_LOG_RATIO).exp()
+    return ref_over_old - ratio * (log_ratio + 1)
+
+
+KL_ESTIMATORS = {  # of log(q / p) at tokens sampled from p, for KL(p || q); above p is the policy, q the reference
     "k1": lambda log_ratio: -log_ratio,
     "k2": lambda log_ratio: log_ratio**2 / 2,
     "k3": k3,
 }
-# What `policy_loss` can subtract: each as it is, or times the ratio pi / pi_old.
-KL_TERMS = [*KL_ESTIMATORS, *(f"{kind}_ratio" for kind in KL_ESTIMATORS)]
+KL_TERMS = (*KL_ESTIMATORS, "k3_ratio")  # what beta can weigh
 
 
 def kl_penalty(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
@@ -126,7 +134,8 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
         "k3_ratio"   that of KL(pi || pi_ref), also for tokens that an older policy sampled (DeepSeek-V3.2)
 
     at each position, with the prefixes as they were sampled, and as long as what divides the loss does not depend on
-    the sample: 1/|o_i| does. The last one is `policy_loss(..., kl="k3_ratio")`, k3 times the differentiable ratio.
+    the sample: 1/|o_i| does. k3 says too little, as a value and as a gradient, of tokens that the policy has all but
+    lost: beyond a ratio of e^10 it stands still. "k3_ratio" is a kind for `policy_loss` alone, which has the ratio.
     """
     _check_name("kind", kind, KL_ESTIMATORS)
     _check_shapes(logps, ref_logps=ref_logps)
@@ -137,18 +146,18 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
 
 
 def token_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """pi / pi_old of each token, (B, T)."""
-    return log_ratio.exp()
+    """pi / pi_old of each token, (B, T), up to e^20."""
+    return log_ratio.clamp(max=20).exp()  # before exp: inf * 0 is nan, in the loss or in its gradient
 
 
 def sequence_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """The geometric mean of an output's token ratios (GSPO eq. 7), at each of its tokens, (B, T).
 
     As in GSPO-token (eq. 14) the value is the mean's and the gradient goes through the token's own log-probability.
-    For one advantage per output, their sum over the output is GSPO's gradient; advantages by token work as well.
+    For one advantage per output, their mean over the output has GSPO's gradient; advantages by token work as well.
     """
     mean = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (mean.detach() + (log_ratio - log_ratio.detach())).exp()
+    return token_ratio(mean.detach() + (log_ratio - log_ratio.detach()), mask)
 
 
 def clipped_surrogate(ratio: Tensor, logps: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -186,18 +195,21 @@ def count_tokens(mask: Tensor, max_tokens: int | None) -> int:
 
 def count_budget(mask: Tensor, max_tokens: int | None) -> int:
     """The tokens that the outputs could have had: unlike a count of tokens, no output changes it."""
-    if max_tokens is None:
-        raise ValueError("this variant divides by max_tokens, the limit on the length of an output: give it")
+    if max_tokens is None or not max_tokens >= 1:
+        raise ValueError(f"max_tokens, the limit on the length of an output, must be at least 1: it is {max_tokens}")
     return len(mask) * max_tokens
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One objective, as independent choices; the defaults are those of GRPO as published.
+    """One objective, as independent choices; the defaults are GRPO's.
 
-    To be maximised: the sum over outputs of per_output(surrogate(ratio, ...)), divided by normalizer. `scale` is for
-    `group_advantages`. The ratio is clipped to [1 - clip_low, 1 + clip_high]; None stands for a variant without one. A
-    surrogate is also called with infinite bounds, which tells the metrics what the clip has changed.
+    To be maximised: the sum over outputs of per_output(surrogate(ratio, logps, advantages, clip_low, clip_high), mask),
+    divided by normalizer(mask, max_tokens). A surrogate gets and gives (B, T), with zeros for what lies outside the
+    mask; its `ratio` is None where that of the row is None, which makes the variant on-policy. The ratio is clipped to
+    [1 - clip_low, 1 + clip_high]; bounds of None are for a surrogate that has no clip. It is called a second time with
+    infinite bounds: where that changes it, the metrics say that the clip holds. So other numbers of a surrogate's own
+    are best bound to it with functools.partial. `scale` is for `group_advantages`.
     """
 
     source: str
@@ -206,13 +218,16 @@ class Variant:
     surrogate: Callable = clipped_surrogate
     per_output: Callable = output_mean
     normalizer: Callable = count_outputs
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float | None = 0.2
+    clip_high: float | None = 0.2
 
+
+ON_POLICY = {"ratio": None, "surrogate": log_likelihood, "clip_low": None, "clip_high": None, "per_output": output_sum}
 
 VARIANTS = {  # each row says where it departs from GRPO
-    "grpo": Variant("Shao et al. 2024, eq. 3"),  # R1 clips far wider, at 10
+    "grpo": Variant("Shao et al. 2024, eq. 3"),  # it names no bounds: 0.2 is PPO's; R1's is 10
     "dr_grpo": Variant("Liu et al. 2025, sec. 3.2", scale="none", per_output=output_sum, normalizer=count_budget),
+    # The loss alone, without dynamic sampling; over the tokens of the step, where eq. 8 has those of each question.
     "dapo": Variant("Yu et al. 2025, eq. 8", per_output=output_sum, normalizer=count_tokens, clip_high=0.28),
     "gspo": Variant("Zheng et al. 2025, eq. 5", ratio=sequence_ratio, clip_low=3e-4, clip_high=4e-4),
     "cispo": Variant(  # the paper sets no lower bound and does not tell the upper one; 5 is ScaleRL's
@@ -223,10 +238,8 @@ VARIANTS = {  # each row says where it departs from GRPO
         clip_low=math.inf,
         clip_high=4.0,
     ),
-    "reinforce": Variant("Williams 1992", scale="none", ratio=None, surrogate=log_likelihood, per_output=output_sum),
-    "rloo": Variant(
-        "Ahmadian et al. 2024", scale="leave_one_out", ratio=None, surrogate=log_likelihood, per_output=output_sum
-    ),
+    "reinforce": Variant("Williams 1992", scale="none", **ON_POLICY),
+    "rloo": Variant("Ahmadian et al. 2024", scale="leave_one_out", **ON_POLICY),
 }
 
 
@@ -268,47 +281,61 @@ def policy_loss(
     logps (B, T) carry the gradient; old_logps (B, T) are those of the policy that sampled, None where that is this
     very policy; ref_logps (B, T) are needed where beta > 0; advantages are (B,), or (B, T) for one per token; mask
     (B, T) bool is True on the tokens of the outputs. clip_low and clip_high replace the variant's own; inf switches a
-    side off. `kl` names what beta weighs: a kind of `kl_penalty`, or one followed by "_ratio" for its product with the
-    differentiable ratio; which gradient each gives is said there. `normalizer` is `loss_normalizer` of the optimizer
-    step that these rows are part of, used as it is; None takes these rows for the whole step, and reads them back.
+    side off. `kl` is the kind of `kl_penalty` that beta weighs, or "k3_ratio"; which gradient each gives is said
+    there. `normalizer` is `loss_normalizer` of the optimizer step that these rows are part of, used as it is; None
+    takes these rows for the whole step, and reads them back.
 
     The metrics are sums over the tokens of the mask, so that micro-batches add up; divide by "tokens". Where there
     are old_logps: "ratio", "clip_low" and "clip_high" (tokens at which the clip changes the objective, below 1 and
     above), "k1_old" and "k3_old" (estimates of KL(old || pi)). Where there are ref_logps: "k1_ref" and "k3_ref" (of
-    KL(pi || ref)). Raises ValueError for unknown names, shapes that would broadcast, a mask that is not bool, bounds
-    or a beta below 0, beta > 0 without ref_logps, and old_logps or bounds for a variant that has no ratio.
+    KL(pi || ref), as far as the tokens are pi's own). Raises ValueError for unknown names, shapes that would broadcast,
+    a mask that is not bool, logps below float32, bounds or a beta below 0, beta > 0 without ref_logps, a normalizer
+    that is not above 0, old_logps for a variant without a ratio, and bounds for one without a clip.
     """
     _check_name("variant", variant, VARIANTS)
     _check_name("kl", kl, KL_TERMS)
+    if logps.dim() != 2 or logps.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"logps must be (B, T), float32 or float64, not {tuple(logps.shape)} {logps.dtype}")
     _check_shapes(logps, mask=mask, old_logps=old_logps, ref_logps=ref_logps)
-    if logps.dim() != 2 or advantages.shape not in (logps.shape, logps.shape[:1]):
+    if advantages.shape not in (logps.shape, logps.shape[:1]):
         raise ValueError(f"advantages {tuple(advantages.shape)} must be (B,) or (B, T), logps {tuple(logps.shape)}")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, not {mask.dtype}")
-    if not 0 <= beta < math.inf or (beta > 0 and ref_logps is None):
-        raise ValueError(f"beta must be at least 0, and above 0 it needs ref_logps: it is {beta}")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be a number of at least 0, not {beta}")
+    if beta > 0 and ref_logps is None:
+        raise ValueError(f"beta {beta} needs ref_logps")
     row = VARIANTS[variant]
-    if row.ratio is None and any(x is not None for x in (old_logps, clip_low, clip_high)):
-        raise ValueError(f'variant "{variant}" is on-policy, without a ratio: it takes no old_logps and no clip')
+    if row.ratio is None and old_logps is not None:
+        raise ValueError(f'variant "{variant}" is on-policy, without a ratio: it takes no old_logps')
+    if row.clip_low is None and not (clip_low is None and clip_high is None):
+        raise ValueError(f'variant "{variant}" has no clip: it takes no clip_low and no clip_high')
     clip_low = row.clip_low if clip_low is None else clip_low
     clip_high = row.clip_high if clip_high is None else clip_high
-    if not (clip_low >= 0 and clip_high >= 0):
+    if row.clip_low is not None and not (clip_low >= 0 and clip_high >= 0):
         raise ValueError(f"clip_low {clip_low} and clip_high {clip_high} must be at least 0")
     if normalizer is None:
         normalizer = loss_normalizer(mask, variant, max_tokens)
+    if not normalizer > 0:
+        raise ValueError(f"normalizer must be above 0, not {normalizer}")
 
     if advantages.dim() == 1:
         advantages = advantages[:, None].expand_as(logps)  # the same for every token of an output
     # Padding holds anything, so nothing below may see it: exp of junk is inf, and the gradient of 0 * inf is nan.
     logps, advantages = logps.masked_fill(~mask, 0.0), advantages.masked_fill(~mask, 0.0)
     # On-policy the ratio is 1, but its gradient is not 0.
-    log_ratio = logps - (logps.detach() if old_logps is None else old_logps.masked_fill(~mask, 0.0))
+    log_ratio = logps - (logps if old_logps is None else old_logps.masked_fill(~mask, 0.0)).detach()
 
     ratio = row.ratio(log_ratio, mask) if row.ratio else None
     objective = surrogate = row.surrogate(ratio, logps, advantages, clip_low, clip_high)
+    if ref_logps is not None:
+        ref_log_ratio = ref_logps.detach().masked_fill(~mask, 0.0) - logps
     if beta > 0:
-        kl_term = kl_penalty(logps, ref_logps.masked_fill(~mask, 0.0), kl.removesuffix("_ratio"))
-        objective = surrogate - beta * (kl_term * log_ratio.exp() if kl.endswith("_ratio") else kl_term)
+        by_ratio = kl == "k3_ratio"
+        kl_term = (
+            k3_ratio(ref_log_ratio, token_ratio(log_ratio, mask)) if by_ratio else KL_ESTIMATORS[kl](ref_log_ratio)
+        )
+        objective = surrogate - beta * kl_term
     loss = -row.per_output(objective, mask).sum() / normalizer
 
     with torch.no_grad():
@@ -318,7 +345,7 @@ def policy_loss(
             metrics |= {"ratio": ratio, "clip_low": clipped & (ratio < 1), "clip_high": clipped & (ratio > 1)}
             metrics |= {f"{kind}_old": KL_ESTIMATORS[kind](log_ratio) for kind in ("k1", "k3")}
         if ref_logps is not None:
-            metrics |= {f"{kind}_ref": kl_penalty(logps, ref_logps, kind) for kind in ("k1", "k3")}
+            metrics |= {f"{kind}_ref": KL_ESTIMATORS[kind](ref_log_ratio) for kind in ("k1", "k3")}
         return loss, {name: value.masked_fill(~mask, 0).sum() for name, value in metrics.items()}
 
 

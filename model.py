@@ -189,8 +189,12 @@ def load_model(path: str | Path, device: str = "cpu") -> Transformer:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = Transformer(ModelConfig(**saved["config"])).to(device)
         model.load_state_dict(saved["weights"])
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise ValueError("it holds weights that are NaN or infinite")
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such model file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, not a model file such as {path}/base.pt") from None
     except Exception as error:  # torch.load raises half a dozen types on damaged files
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ValueError(f"{path}: damaged, or not what save_model wrote ({reason})") from None

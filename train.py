@@ -189,6 +189,11 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, lr: flo
     return norm
 
 
+def weight_norm(model: Transformer) -> float:
+    """The norm of all weights together. It tells of an update that broke them, which no loss before it can."""
+    return torch.stack([weight.detach().norm() for weight in model.parameters()]).norm().item()
+
+
 def stop_if_not_finite(phase: str, step: int, metrics: dict[str, float], advice: str) -> None:
     """Raise FloatingPointError, in one line, for the first of the metrics that is NaN or infinite."""
     for name, value in metrics.items():
@@ -211,6 +216,7 @@ def pretrain(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log)
         losses.append(loss.detach())
         if (step + 1) % 50 == 0 or step + 1 == config.pretrain_steps:
             recent = {"loss": torch.stack(losses).mean().item(), "grad_norm": torch.stack(norms).mean().item()}
+            recent["weight_norm"] = weight_norm(model)
             stop_if_not_finite("pretraining", step, recent, "no model was saved yet; a lower --pretrain_lr may help")
             bar.set_postfix(loss=f"{recent['loss']:.3f}")
             log({"phase": "pretrain", "step": step + 1, **recent, "lr": lr})
@@ -302,6 +308,7 @@ def grpo(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log) -> 
         sampled = time.perf_counter()
 
         lr = learning_rate(config.lr, step, config.steps, warmup=5, decay_from=0.5)
+        advice = f"{config.out}/base.pt is untouched; a lower --lr may help"
         updates = []
         for epoch in range(config.inner_epochs):  # line 10
             order = list(range(len(advantages)))
@@ -309,7 +316,8 @@ def grpo(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log) -> 
             for minibatch in torch.tensor(order, device=config.device).chunk(config.minibatches):
                 sums = accumulate_gradient(config, model, rollout, advantages, ref_logps, minibatch)
                 sums["grad_norm"] = optimizer_step(model, optimizer, lr, config.max_grad_norm).item()  # line 11
-                stop_if_not_finite("GRPO", step, sums, f"{config.out}/base.pt is untouched; a lower --lr may help")
+                sums["weight_norm"] = weight_norm(model)
+                stop_if_not_finite("GRPO", step, sums, advice)
                 updates.append(sums)
         if reference and config.reference_every and (step + 1) % config.reference_every == 0:
             reference.load_state_dict(model.state_dict())
@@ -341,7 +349,7 @@ def rollout_metrics(config: Config, rollout: Rollout, rewards: dict[str, Tensor]
 def update_metrics(updates: list[Counter]) -> dict[str, float]:
     """Means over the tokens, or the updates, of a step, from what `accumulate_gradient` summed."""
     tokens = sum(sums["tokens"] for sums in updates)
-    per_update = ("loss", "grad_norm")
+    per_update = ("loss", "grad_norm", "weight_norm")
     apart = ("tokens", "logp_gap", *per_update)
     return {
         **{name: sum(sums[name] for sums in updates) / tokens for name in updates[0] if name not in apart},
@@ -495,11 +503,12 @@ def find_fault(config: Config) -> str | None:
         return "--reference_every needs --beta: without a KL there is no reference"
     if config.kl != Config.kl and not config.beta:
         return f"--kl {config.kl} needs --beta: without it there is no KL"
-    if VARIANTS[config.variant].ratio is None:
-        if config.minibatches * config.inner_epochs > 1:
-            return f"--variant {config.variant} makes one update a rollout: add --minibatches 1 --inner_epochs 1"
-        if config.clip_low is not None or config.clip_high is not None:
-            return f"--variant {config.variant} has no ratio to clip: leave --clip_low and --clip_high out"
+    if VARIANTS[config.variant].ratio is None and config.minibatches * config.inner_epochs > 1:
+        return f"--variant {config.variant} makes one update a rollout: add --minibatches 1 --inner_epochs 1"
+    if VARIANTS[config.variant].clip_low is None and not (config.clip_low is None and config.clip_high is None):
+        return f"--variant {config.variant} has no clip: leave --clip_low and --clip_high out"
+    if not any(getattr(config, field.name) for field in fields(config) if field.name.endswith("_weight")):
+        return "--accuracy_weight and --format_weight must not both be 0: nothing would be rewarded"
     if config.threads > 1024:
         return "--threads must be at most 1024"
     if config.temperature < 0.001:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file finds the rooms above it
 
+from experiments.compare import check_picture
 from grpo import (
-    KL_ESTIMATORS,
     KL_TERMS,
     VARIANTS,
     group_advantages,
@@ -178,32 +178,37 @@ def print_variants(group_size: int) -> None:
     print(f"2. Does the length normaliser? Groups of {group_size}, all at ratio 1, against the true policy gradient.\n")
     logits = random_logits(0)
     target, longer = true_gradient(logits, REWARDS), true_gradient(logits, LENGTHS)
-    columns = f"{'angle':>7} {'if mean only':>13} {'length':>8} {'longer':>8}"
+    columns = f"{'angle':>7} {'if mean only':>13} {'size':>8} {'cos(longer)':>12}"
     print(f"{'':10} {'advantages':>14} {'aggregation':>26} {columns}")
-    print(f"{'truth':10} {'':14} {'':26} {0:7.1f} {'':13} {1:8.3f} {cosine(target, longer):8.3f}")
+    print(f"{'truth':10} {'':14} {'':26} {0:7.1f} {'':13} {1:8.3f} {cosine(target, longer):12.3f}")
     for name, row in VARIANTS.items():
         found = expected_gradient(logits, REWARDS, group_size, name)
         mean_only = expected_gradient(logits, REWARDS, group_size, name, scale="none")
         aggregation = f"{row.per_output.__name__}, {row.normalizer.__name__}"
         print(
             f"{name:10} {row.scale:>14} {aggregation:>26} {angle(found, target):7.1f} {angle(mean_only, target):13.1f} "
-            f"{(found.norm() / target.norm()).item():8.3f} {cosine(found, longer):8.3f}"
+            f"{(found.norm() / target.norm()).item():8.3f} {cosine(found, longer):12.3f}"
         )
     print(
         f"""
 angle: degrees between the expected gradient and the true one, with the variant's own advantages and with the mean
-alone taken away; length: of the one over the other; longer: cosine with the gradient of the expected length.
-rloo is exact; reinforce is exact but for 1 - 1/G = {1 - 1 / group_size:.3f}, and dr_grpo but for that over the limit of
-{LONGEST} tokens. A mean over tokens, of an output or of a step, turns the gradient.
+alone taken away; size: the norm of the one over that of the other; cos(longer): cosine with the gradient of the
+expected length. rloo is exact; reinforce is exact but for 1 - 1/G = {1 - 1 / group_size:.3f}, and dr_grpo but for that
+over the limit of {LONGEST} tokens. A mean over tokens, of an output or of a step, turns the gradient: here, where short
+outputs earn more, too far toward short ones.
 """
     )
 
 
 def print_kl() -> None:
-    print("3. Which gradient does a KL estimator give when it stands in the loss? Distance to three targets, relative")
-    print("to the reverse KL's gradient. On-policy, off-policy (an older policy sampled), and divided by |o_i|.\n")
+    print(
+        """3. Which gradient does a KL estimator give when it stands in the loss? Its distance to zero, to the forward
+KL's and to the reverse KL's; to the reverse KL's where an older policy sampled, and where the loss is divided by |o_i|.
+All relative to the size of the reverse KL's gradient.
+"""
+    )
     logits, reference, older = (random_logits(seed) for seed in (0, 1, 2))
-    print(f"{'':10} {'0':>8} {'forward':>9} {'reverse':>9} {'off-policy: reverse':>21} {'with 1/|o_i|: reverse':>23}")
+    print(f"{'':10} {'to zero':>8} {'to forward':>11} {'to reverse':>11} {'off-policy':>11} {'with 1/|o_i|':>13}")
     targets = [torch.zeros_like(logits)]
     targets += [kl_gradient(logits, reference, logits, reverse) for reverse in (False, True)]
     off_target = kl_gradient(logits, reference, older, True)
@@ -212,19 +217,19 @@ def print_kl() -> None:
         gaps = [((found - target).norm() / targets[-1].norm()).item() for target in targets]
         off = distance(kl_term_gradient(logits, reference, older, kind), off_target)
         by_length = kl_term_gradient(logits, reference, logits, kind, variant="grpo")
-        scaled = by_length * (by_length * targets[-1]).sum() / by_length.pow(2).sum()  # any multiple would do
+        best = by_length * (by_length * targets[-1]).sum() / by_length.pow(2).sum()  # any multiple would do
         print(
-            f"{kind:10} {gaps[0]:8.3f} {gaps[1]:9.3f} {gaps[2]:9.3f} {off:21.3f} {distance(scaled, targets[-1]):23.3f}"
+            f"{kind:10} {gaps[0]:8.3f} {gaps[1]:11.3f} {gaps[2]:11.3f} {off:11.3f} {distance(best, targets[-1]):13.3f}"
         )
     print(
         """
-k3, as published, gives the forward KL's; k2, and k1 or k3 times the ratio, the reverse KL's, and with the ratio
-off-policy too; k1 gives nothing on average. 1/|o_i| depends on what is sampled, so it spoils each of them, at its best
-multiple even; k1 is then no longer nothing, but of no use either."""
+k3, as published, gives the forward KL's; k2, and k3 times the ratio, the reverse KL's, and with the ratio off-policy
+too; k1 gives nothing on average. 1/|o_i| depends on what is sampled, so it turns each of them: the last
+column is for the best multiple of the gradient."""
     )
 
 
-def plot(path: str) -> None:
+def plot(path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -245,22 +250,24 @@ def plot(path: str) -> None:
     middle.plot(lengths, [1 / length for length in lengths], label="grpo, gspo: 1/|o|")
     middle.plot(lengths, [0.02] * len(lengths), label="dapo, cispo: 1/(mean length), here 50")
     middle.plot(lengths, [0.01] * len(lengths), "k--", label="dr_grpo: 1/limit, here 100")
-    middle.set(title="What a token weighs", xlabel="tokens of its output", yscale="log")
+    middle.set(title="What a token weighs", xlabel="tokens of its output", ylabel="times its advantage", yscale="log")
     middle.legend()
 
     logits, reference = random_logits(0), random_logits(1)
     bars = {"reverse KL": kl_gradient(logits, reference, logits, True)}
     bars["forward KL"] = kl_gradient(logits, reference, logits, False)
-    bars |= {kind: kl_term_gradient(logits, reference, logits, kind) for kind in (*KL_ESTIMATORS, "k3_ratio")}
+    bars |= {kind: kl_term_gradient(logits, reference, logits, kind) for kind in KL_TERMS}
     for i, (name, values) in enumerate(bars.items()):
         color = ("k", "0.6", "C0", "C1", "C2", "C3")[i]
         places = [token + 0.13 * (i - 2.5) for token in range(3)]
-        right.bar(places, values[0].tolist(), width=0.12, label=name, color=color)
+        right.bar(
+            places, values[0].tolist(), width=0.12, label=f"{name} (all 0)" if name == "k1" else name, color=color
+        )
     right.set_xticks(range(3), ["a", "b", "."])
     right.axhline(0, color="k", linewidth=0.5)
     right.set(title="Expected gradient of the KL term", xlabel="logit of the first token")
     right.legend(ncols=2)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     print(f"\n-> {path}")
 
 
@@ -269,8 +276,9 @@ def main(arguments: list[str]) -> None:
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--group_size", type=int, default=2, choices=(2, 3), help="outputs of a group [2]")
-    parser.add_argument("--plot", metavar="FILE", help="draw a picture")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a picture, as a PNG")
     args = parser.parse_args(arguments)
+    check_picture(parser, args.plot)
     print_deviation(args.group_size)
     print_variants(args.group_size)
     print_kl()

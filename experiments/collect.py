@@ -63,8 +63,12 @@ def table(results: dict) -> str:
 
 
 def main(folders: list[str]) -> None:
+    if not folders:
+        sys.exit("name the folders of finished runs: python experiments/collect.py out/cpu-grpo-seed*")
     runs = []
     for folder in map(Path, folders):
+        if not (folder / "result.json").is_file():
+            sys.exit(f"{folder} is not the folder of a finished run: it holds no result.json")
         config = Config(**json.loads((folder / "config.json").read_text()))
         if replace(config, seed=0, out="") != Config():
             sys.exit(f"{folder} was not made by `{COMMAND}` alone: its config.json differs from the defaults")

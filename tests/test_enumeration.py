@@ -162,7 +162,6 @@ def test_each_kl_kind_gives_on_policy_the_gradient_that_its_docstring_says(seed)
         "k1": torch.zeros_like(logits),
         "k2": reverse,
         "k3": forward,
-        "k1_ratio": reverse,
         "k3_ratio": reverse,
     }
     assert min(distance(forward, reverse), distance(reverse, forward)) > 0.1
@@ -172,12 +171,22 @@ def test_each_kl_kind_gives_on_policy_the_gradient_that_its_docstring_says(seed)
             assert is_close(found, target) == (kind in targets and is_close(target, targets[kind])), kind
 
 
-def test_off_policy_only_the_kinds_with_the_ratio_give_the_reverse_kl():
+def test_off_policy_only_the_kind_with_the_ratio_gives_the_reverse_kl():
     logits, reference, older = (random_logits(seed) for seed in SEEDS)
     target = kl_gradient(logits, reference, older, reverse=True)
     for kind in KL_TERMS:
         found = kl_term_gradient(logits, reference, older, kind)
-        assert is_close(found, target) == (kind in ("k1_ratio", "k3_ratio")), kind
+        assert is_close(found, target) == (kind == "k3_ratio"), kind
+
+
+def test_k3_ratio_is_exact_for_tokens_that_the_policy_has_all_but_lost_and_k3_stands_still():
+    """Beyond a ratio of e^10, where k3 is clamped."""
+    logits, reference = random_logits(0), random_logits(1)
+    logits[:, 1] -= 30
+    assert (reference.log_softmax(1) - logits.log_softmax(1)).max() > 20
+    reverse, forward = (kl_gradient(logits, reference, logits, direction) for direction in (True, False))
+    torch.testing.assert_close(kl_term_gradient(logits, reference, logits, "k3_ratio"), reverse, rtol=1e-8, atol=1e-15)
+    assert distance(kl_term_gradient(logits, reference, logits, "k3"), forward) > 0.1
 
 
 def test_the_target_of_the_kl_is_that_at_each_position_with_the_prefixes_as_sampled():

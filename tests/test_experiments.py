@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bias, by_hand, compare
+from experiments import bias, by_hand, collect, compare
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,6 +45,7 @@ def write_run(folder, result=None, **config):
     records = [{"phase": "pretrain", "step": 50, "loss": 2.0}]
     for step in range(1, 21):
         record = {"phase": "grpo", "step": step, "accuracy": step / 20 * config.get("lr", 0.5), "entropy": 1.0}
+        record |= dict.fromkeys(("completion_tokens", "no_signal", "grad_norm"), 0.5)
         record |= {"held_out_accuracy": 0.25} if step % 10 == 0 else {}
         record |= {"k3_old": 0.125} if config else {}
         records.append(record)
@@ -68,6 +69,11 @@ def test_two_runs_are_compared_by_flags_results_and_logs(capsys, tmp_path):
     assert ["k3_old", "-", "0.125"] in lines
     assert not any("out" in line[:1] or "steps" in line[:1] for line in lines), "what is the same is not listed"
     assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
+    compare.main([one, two, "--plot", str(tmp_path / "k3.png"), "--curves", "k3_old,held_out_accuracy"])
+    assert (tmp_path / "k3.png").read_bytes().startswith(PNG)
+    (tmp_path / "two" / "grpo.py").write_text("another loss")
+    compare.main([one, two])
+    assert f"the code differs too: grpo.py (diff {one}/grpo.py {two}/grpo.py)" in capsys.readouterr().out
     three = write_run(tmp_path / "three")
     compare.main([one, three])
     shown = capsys.readouterr().out
@@ -79,6 +85,23 @@ def test_what_is_no_run_is_refused_in_one_line(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     young = Path(write_run(tmp_path / "young"))
     (young / "log.jsonl").write_text("")
+    (tmp_path / "torn").mkdir()
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / "torn" / name).write_text((tmp_path / "one" / name).read_text())
+    with (tmp_path / "torn" / "log.jsonl").open("a") as log:
+        log.write('{"phase": "gr')
+    compare.main([one, str(tmp_path / "torn")])
+    assert "20 of 30 steps" in capsys.readouterr().out, "a line that is still being written is left alone"
+    with pytest.raises(SystemExit):
+        compare.main([one, one, "--plot", str(tmp_path / "x.png"), "--curves", "accuracy,banana"])
+    assert "neither log has a field banana" in capsys.readouterr().err
+    for command, arguments in ((compare.main, [one, one]), (bias.main, [])):
+        with pytest.raises(SystemExit) as stop:
+            command([*arguments, "--plot", str(tmp_path / "nowhere" / "x.png")])
+        assert stop.value.code == 2 and "there is no folder" in capsys.readouterr().err
+    for folders in ([], [one]):
+        with pytest.raises(SystemExit, match=r"name the folders|holds no result.json"):
+            collect.main(folders)
     for other, complaint in (
         (tmp_path / "nowhere", "holds no config.json"),
         (tmp_path / "empty", "holds no config.json"),

@@ -21,7 +21,7 @@ from grpo import (
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 ON_POLICY = ("reinforce", "rloo")
-CLIPS = {  # as the papers have them
+CLIPS = {  # DAPO's and GSPO's are their papers', CISPO's is ScaleRL's, 0.2 is PPO's
     "grpo": (0.2, 0.2),
     "dr_grpo": (0.2, 0.2),
     "dapo": (0.2, 0.28),
@@ -109,9 +109,13 @@ def loss_by_loops(
     return -total / normalizer
 
 
+# The tests of a paper's equation are for the variants above; those of an invariance are for every row of VARIANTS, so a
+# row of one's own is held to them at once.
+
+
 def compute(variant, logps, old_logps, ref_logps, advantages, mask, **options):
     """policy_loss with what the variant takes."""
-    old_logps = None if variant in ON_POLICY else old_logps
+    old_logps = None if VARIANTS[variant].ratio is None else old_logps
     options = {"max_tokens": MAX_TOKENS, **options}
     return policy_loss(logps, advantages, mask, old_logps=old_logps, ref_logps=ref_logps, variant=variant, **options)
 
@@ -125,7 +129,7 @@ def gradient_of(loss, logps):
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["one advantage", "by token"])
 @pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.3, kl) for kl in KL_TERMS)])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CLIPS)
 def test_loss_and_gradient_equal_the_papers_equations_written_as_loops(variant, beta, kl, per_token):
     logps, old_logps, ref_logps, advantages, mask = random_batch()
     if variant in ON_POLICY:
@@ -154,7 +158,7 @@ def boundary_batch(clip_low, clip_high):
     return logps.requires_grad_(), old_logps, advantages, mask
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CLIPS)
 def test_gradients_equal_finite_differences_on_both_sides_of_each_clip_boundary(variant):
     clip = (0.3, 0.4) if variant == "cispo" or variant in ON_POLICY else CLIPS[variant]
     bounds = {} if variant in ON_POLICY else {"clip_low": clip[0], "clip_high": clip[1]}
@@ -193,7 +197,7 @@ def test_clip_stops_the_gradient_only_where_the_ratio_has_gone_the_way_that_pays
     assert ratio.grad == slope
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ON_POLICY])
+@pytest.mark.parametrize("variant", [name for name in CLIPS if name not in ON_POLICY])
 def test_clip_bounds_can_be_set_apart_and_switched_off(variant):
     logps, old_logps, _, advantages, mask = random_batch()
     for clip in ((0.1, 0.5), (math.inf, 0.1), (0.0, math.inf), (math.inf, math.inf)):
@@ -220,7 +224,7 @@ def test_the_sequence_ratio_is_the_geometric_mean_and_its_gradients_add_up_to_th
 # ------------------------------------------------------------------------------------------------------- on-policy
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CLIPS)
 def test_without_old_logps_the_ratio_is_1_and_the_gradient_is_that_of_reinforce(variant):
     logps, _, ref_logps, advantages, mask = random_batch()
     loss, metrics = policy_loss(logps, advantages, mask, ref_logps=ref_logps, variant=variant, max_tokens=MAX_TOKENS)
@@ -228,6 +232,51 @@ def test_without_old_logps_the_ratio_is_1_and_the_gradient_is_that_of_reinforce(
     count = {"dapo": mask.sum(), "cispo": mask.sum(), "dr_grpo": 6 * MAX_TOKENS}.get(variant, 6)
     torch.testing.assert_close(gradient_of(loss, logps), -weights * advantages[:, None] / count, **CLOSE)
     assert set(metrics) == {"tokens", "k1_ref", "k3_ref"}, "metrics of a ratio that is 1 by definition say nothing"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_gradient_flows_into_old_or_reference_log_probabilities_even_where_they_carry_a_graph(variant):
+    """Whoever forgets to detach them would train nothing: the gradients of logps and old_logps would cancel."""
+    logps, old_logps, ref_logps, advantages, mask = random_batch()
+    options = {"beta": 0.3, "kl": "k2"}
+    expected, _ = compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)
+    graph = (logps - logps.detach()).masked_fill(~mask, 0.0)  # 0, with the gradient of logps
+    attached, _ = compute(variant, logps, old_logps + graph, ref_logps + graph, advantages, mask, **options)
+    torch.testing.assert_close(gradient_of(attached, logps), gradient_of(expected, logps), **CLOSE)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if VARIANTS[name].ratio])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_that_would_overflow_gives_neither_nan_nor_infinity(variant, advantage):
+    logps = torch.tensor([[0.0, -0.5, -1.0]], requires_grad=True)
+    old_logps, mask = torch.tensor([[0.0, -300.0, -300.0]]), torch.tensor([[False, True, True]])
+    settings = {"old_logps": old_logps, "variant": variant, "max_tokens": 2}
+    loss, metrics = policy_loss(logps, torch.tensor([advantage]), mask, **settings)
+    assert loss.isfinite() and gradient_of(loss, logps).isfinite().all()
+    assert all(value.isfinite() for value in metrics.values())
+
+
+@pytest.mark.parametrize("gap", [-15.0, -50.0, 5.5, 8.0, 15.0])
+def test_ratios_far_from_1_are_those_of_the_equation(gap):
+    for variant in ("grpo", "gspo", "cispo", "dapo"):
+        old_logps = torch.full((2, 4), -20.0, dtype=torch.float64)
+        logps = (old_logps + gap).requires_grad_()
+        mask = torch.tensor([[False, True, True, True]] * 2)
+        batch = (logps, old_logps, old_logps - 60, torch.tensor([1.0, -1.0], dtype=torch.float64), mask)
+        loss, metrics = compute(variant, *batch, beta=0.001)
+        expected = loss_by_loops(variant, *batch, beta=0.001)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient_of(loss, logps), gradient_of(expected, logps), rtol=1e-12, atol=1e-15)
+        assert metrics["ratio"].item() == pytest.approx(6 * math.exp(gap))
+
+
+def test_a_small_beta_counts():
+    logps, old_logps, ref_logps, advantages, mask = random_batch()
+    without, small = (
+        gradient_of(compute("grpo", logps, old_logps, ref_logps, advantages, mask, beta=beta)[0], logps)
+        for beta in (0.0, 0.001)
+    )
+    assert (without - small).abs().max() > 1e-5
 
 
 def test_loss_of_a_fresh_group_is_zero_and_its_gradient_is_not():
@@ -303,7 +352,7 @@ def test_the_order_of_rows_and_of_prompts_does_not_matter(variant, order):
     torch.testing.assert_close(gradient_of(one, logps), gradient_of(two, logps), **CLOSE)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CLIPS)
 def test_an_output_that_is_masked_out_adds_nothing_and_is_still_counted_among_the_outputs(variant):
     logps, old_logps, _, advantages, mask = random_batch()
     mask[1] = False
@@ -313,7 +362,7 @@ def test_an_output_that_is_masked_out_adds_nothing_and_is_still_counted_among_th
     torch.testing.assert_close(loss, expected, **CLOSE)
 
 
-def test_the_bounds_are_those_of_the_papers():
+def test_the_bounds_of_each_variant():
     for variant, bounds in CLIPS.items():
         if variant not in ON_POLICY:
             assert (VARIANTS[variant].clip_low, VARIANTS[variant].clip_high) == bounds
@@ -361,6 +410,14 @@ def test_k1_old_and_k3_old_average_to_the_kl_from_the_old_policy_to_the_new():
         assert metrics[name].item() / 10 == pytest.approx(exact.item(), abs=1e-12)
 
 
+def test_clip_metrics_know_wide_bounds_too():
+    """R1 clips at 10: a ratio of 10.5 is inside, one of 11.5 outside."""
+    logps = torch.tensor([[0.0, math.log(10.5), math.log(11.5)]], dtype=torch.float64)
+    mask = torch.tensor([[False, True, True]])
+    settings = {"old_logps": torch.zeros_like(logps), "clip_high": 10.0}
+    assert policy_loss(logps, torch.ones(1), mask, **settings)[1]["clip_high"] == 1
+
+
 # ---------------------------------------------------------------------------------------------------------- the KL
 
 
@@ -396,7 +453,7 @@ def test_the_clamp_is_on_one_side_only():
 
 
 @pytest.mark.parametrize("kl", ["k3", "k3_ratio"])
-def test_a_token_that_the_policy_all_but_lost_gives_a_finite_kl_and_no_gradient_through_it(kl):
+def test_a_token_that_the_policy_all_but_lost_gives_a_finite_kl_and_never_pushes_it_further_down(kl):
     logps = torch.tensor([[0.0, -200.0, -1.0]], requires_grad=True)
     ref_logps = torch.tensor([[0.0, -1.0, -2.0]])
     mask = torch.tensor([[False, True, True]])
@@ -406,8 +463,8 @@ def test_a_token_that_the_policy_all_but_lost_gives_a_finite_kl_and_no_gradient_
     assert metrics["k3_ref"].item() == pytest.approx(lost + kept, rel=1e-6)
     gradient = gradient_of(loss, logps)[0]
     assert gradient.isfinite().all()
-    # The ratio's own gradient is that of a sampled token; the clamp takes the estimator's.
-    assert gradient[1].item() == pytest.approx(lost / 2 if kl == "k3_ratio" else 0, rel=1e-6)
+    # Both are means over two tokens. k3 stands still; k3_ratio's gradient, that of the reverse KL, needs no clamp.
+    assert gradient[1].item() == pytest.approx(-199 / 2 if kl == "k3_ratio" else 0, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ advantages
@@ -450,6 +507,7 @@ def test_a_group_of_nearly_equal_rewards_is_a_group_with_signal():
     """Told by equality: a small difference is small because eps is added to the deviation, not because it is cut."""
     advantages = group_advantages(torch.tensor([1.0, 1.0, 1.0, 1.0 + 1e-5], dtype=torch.float64), 4)
     assert advantages[3].item() == pytest.approx(0.75e-5 / (0.5e-5 + 1e-4), rel=1e-6)
+    assert (group_advantages(torch.tensor([1.0, 1.0 + 1e-9], dtype=torch.float64), 2) != 0).all()
 
 
 @pytest.mark.parametrize("scale", ["std", "none", "leave_one_out"])
@@ -483,9 +541,19 @@ def test_token_logps_speak_of_the_token_in_their_own_column():
             assert logps[i, t].item() == pytest.approx(math.log(scores[tokens[i, t]] / sum(scores)), abs=1e-12)
 
 
-def test_log_probabilities_of_bfloat16_logits_are_float32():
-    logits = torch.randn(1, 3, 4, dtype=torch.bfloat16)
-    assert token_logps(logits, torch.zeros(1, 3, dtype=torch.int64)).dtype == torch.float32
+def test_half_precision_logits_are_made_float32_before_anything_is_computed_from_them():
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, 50, (2, 6), generator=generator)
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = (4 * torch.randn(2, 6, 50, generator=generator)).to(dtype)
+        for function in (lambda x: token_logps(x, tokens, 0.7), lambda x: token_entropy(x, 0.7)):
+            assert function(logits).dtype == torch.float32
+            torch.testing.assert_close(function(logits).double(), function(logits.double()), rtol=0, atol=1e-5)
+
+
+def test_unlikely_tokens_keep_their_log_probability():
+    logits = torch.tensor([[[0.0, -300.0], [0.0, 0.0]]])
+    assert token_logps(logits, torch.tensor([[0, 1]]))[0, 1].item() == -300
 
 
 def test_entropy_of_a_uniform_policy_is_log_v_and_temperature_counts():
@@ -513,19 +581,27 @@ def test_bad_input_to_the_loss_is_refused_with_the_shapes_or_values_seen():
     refused("holds no token", mask=torch.zeros_like(mask))
     refused(r"old_logps \(6, 1\)", old_logps=old_logps[:, :1])
     refused(r"ref_logps \(6, 1\)", ref_logps=ref_logps[:, :1])
-    refused('variant "ppo" is not among grpo, dr_grpo', variant="ppo")
-    refused('kl "k4" is not among k1, k2, k3, k1_ratio', kl="k4")
-    refused("beta .* it is 0.1", beta=0.1)
-    refused("beta .* it is -1", beta=-1, ref_logps=ref_logps)
-    refused("beta .* it is nan", beta=math.nan, ref_logps=ref_logps)
+    refused('variant "ppo" is not among .*grpo, ', variant="ppo")
+    refused('kl "k4" is not among k1, k2, k3, k3_ratio', kl="k4")
+    refused("beta 0.1 needs ref_logps", beta=0.1)
+    refused("beta .* not -1", beta=-1, ref_logps=ref_logps)
+    refused("beta .* not nan", beta=math.nan, ref_logps=ref_logps)
     refused("clip_low -0.1", clip_low=-0.1)
     refused("clip_high nan", clip_high=math.nan)
     refused("max_tokens", variant="dr_grpo")
+    refused("max_tokens.* is -5", variant="dr_grpo", max_tokens=-5)
+    for normalizer in (0, -1, math.nan):
+        refused(f"normalizer must be above 0, not {normalizer}", normalizer=normalizer)
+    refused("beta .* not inf", beta=math.inf, ref_logps=ref_logps)
+    refused("beta 0.001 needs ref_logps", beta=0.001)
     for variant in ON_POLICY:
         refused("on-policy", variant=variant, old_logps=old_logps)
-        refused("on-policy", variant=variant, clip_high=0.3)
-    with pytest.raises(ValueError, match=r"logps \(7,\)"):
-        policy_loss(logps[0], advantages[0], mask[0])
+        refused("has no clip", variant=variant, clip_high=0.3)
+        refused("has no clip", variant=variant, clip_low=0.3)
+    with pytest.raises(ValueError, match=r"float32 or float64, not \(6, 7\) torch\.bfloat16"):
+        policy_loss(logps.bfloat16(), advantages, mask)
+    with pytest.raises(ValueError, match=r"logps must be \(B, T\).* not \(7,\)"):
+        policy_loss(logps[0], advantages[0], mask)
 
 
 def test_bad_input_to_the_other_functions_is_refused_with_the_shapes_or_values_seen():
@@ -535,18 +611,21 @@ def test_bad_input_to_the_other_functions_is_refused_with_the_shapes_or_values_s
         (r"\(7,\).*groups of 2", group_advantages, torch.zeros(7), 2),
         (r"\(0,\).*groups of 2", group_advantages, torch.zeros(0), 2),
         (r"\(2, 2\).*groups of 2", group_advantages, torch.zeros(2, 2), 2),
-        ("torch.int64.*groups of 2", group_advantages, rewards.long(), 2),
+        ("floating-point numbers, not torch.int64", group_advantages, rewards.long(), 2),
         ("at least 2 outputs, not 1", group_advantages, rewards, 1),
         ("nan.*inf", group_advantages, torch.tensor([0.0, math.nan, 1.0, math.inf]), 2),
         ('scale "median" is not among std, none', group_advantages, rewards, 2, "median"),
         (r"\(2, 3, 5\).*\(2, 2\)", token_logps, logits, tokens[:, 1:]),
         (r"\(3, 5\).*\(3,\)", token_logps, logits[0], tokens[0]),
-        ("temperature must be above 0, not 0", token_logps, logits, tokens, 0),
-        ("temperature must be above 0, not nan", token_entropy, logits, math.nan),
+        ("temperature 0 above 0", token_logps, logits, tokens, 0),
+        ("temperature nan above 0", token_entropy, logits, math.nan),
+        ("temperature inf above 0", token_entropy, logits, math.inf),
+        (r"logits \(3, 5\)", token_entropy, logits[0]),
         (r"ref_logps \(2, 3\)", kl_penalty, torch.zeros(2, 4), torch.zeros(2, 3)),
         ('kind "k3_ratio" is not among k1, k2, k3', kl_penalty, rewards, rewards, "k3_ratio"),
         ("holds no token", loss_normalizer, ~mask),
         (r"\(3,\)", loss_normalizer, mask[0]),
+        (r"\(2, 3, 1\)", loss_normalizer, mask[..., None]),
         ("torch.float32", loss_normalizer, mask.float()),
         ('variant "ppo"', loss_normalizer, mask, "ppo"),
         ("max_tokens", loss_normalizer, mask, "dr_grpo"),

@@ -15,7 +15,7 @@ from model import ModelConfig, Transformer, save_model
 
 ROOT = Path(__file__).parent.parent
 RECIPE = re.compile(
-    r"^### ([^\n]+)\n(?:(?!^#).)*?```diff\n(.*?)```\n+```bash\n(python train\.py[^\n]*)\n```", re.M | re.S
+    r"^### ([^\n]+)\n(?:(?!^#).)*?```diff\n(.*?)```\n+```bash\n(python train\.py[^\n]*)\n.*?```", re.M | re.S
 )
 RECIPES = {name: (diff, command) for name, diff, command in RECIPE.findall((ROOT / "README.md").read_text())}
 SHAPE = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 24, "max_seq_len": 96}
@@ -53,7 +53,7 @@ def test_the_readme_has_the_five_recipes_each_of_ten_lines_or_fewer():
 def test_a_recipe_of_the_readme_applies_and_runs(name, tmp_path):
     folder, record, shown = run_recipe(name, tmp_path)
     if "clipping" in name or "advantage" in name:
-        assert "objective: mine (mine)" in shown
+        assert "(of my own)" in shown
     if "KL" in name:
         assert "k3_ref" in record
     if "reward" in name:
@@ -83,13 +83,14 @@ def test_what_the_readme_says_of_the_recipes_is_what_the_runs_gave():
     text = " ".join((ROOT / "README.md").read_text().split())
     for sentence in (
         f"over the run falls from {grpo['grad_norm']:.2f} to {advantage['grad_norm']:.2f}",
-        f"(`accuracy` over the run {grpo['accuracy']:.2f}, then {advantage['accuracy']:.2f}; in the end "
-        f"{right['advantage']} for {right['grpo']})",
-        f"{grpo['clip_low']:.5f} and {grpo['clip_high']:.5f} over the run become "
+        f"`accuracy` over the run goes from {grpo['accuracy']:.2f} to {advantage['accuracy']:.2f}, and the end from "
+        f"{right['grpo']} to {right['advantage']}",
+        f"rise from {grpo['clip_low']:.5f} and {grpo['clip_high']:.5f} to "
         f"{clip['clip_low']:.4f} and {clip['clip_high']:.4f}",
-        f"({right['clip']} for {right['grpo']})",
-        f"{last['kl']['entropy']:.4f} for {last['k3']['entropy']:.3f}, at the same `k3_ref` of "
-        f"{last['kl']['k3_ref']:.2f}, and {right['kl']} for {right['k3']}",
+        f"({right['clip']}, against {right['grpo']})",
+        f"it is {last['kl']['entropy']:.3f}, between the {last['k3']['entropy']:.3f} of `--kl k3` and the "
+        f"{last['k2']['entropy']:.4f} of `--kl k2`",
+        f"({right['kl']}, between {right['k3']} and {right['k2']})",
         f"{first['careful']['careful']:.2f} over the first ten steps, {last['careful']['careful']:.2f} over the last",
         f"from {tokens['grpo']:.1f} to {tokens['recipe: careful']:.1f} tokens, and are right as often "
         f"({right['careful']})",

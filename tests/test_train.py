@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import math
 import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import sample
 import train
 from data.arithmetic import is_for_training, is_held_out, make_problem, write_problem
 from data.tokenizer import get_tokenizer
-from grpo import VARIANTS, Variant, loss_normalizer, policy_loss, token_entropy, token_logps
+from grpo import KL_TERMS, VARIANTS, Variant, loss_normalizer, policy_loss, token_entropy, token_logps
 from model import ModelConfig, Transformer, load_model, save_model
 from sample import Rollout, generate
 from train import Config, document_batches, learning_rate, majority_is_right, pass_at_k, sample_problems, stream
@@ -101,9 +103,9 @@ def test_each_completion_is_scored_against_the_problem_that_it_answers():
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 16])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimmed(micro_batch, beta):
-    config = replace(SMALL, micro_batch=micro_batch, beta=beta)
+@pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.1, kl) for kl in KL_TERMS)])
+def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimmed(micro_batch, beta, kl):
+    config = replace(SMALL, micro_batch=micro_batch, beta=beta, kl=kl)
     model, other = small_model().double(), small_model().double()
     other.init_weights(9)
     rollout = small_rollout(other)  # off-policy: ratios are not 1
@@ -123,6 +125,7 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimme
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         beta=beta,
+        kl=kl,
         normalizer=loss_normalizer(rollout.mask[minibatch]),
     )
     loss.backward()
@@ -276,8 +279,20 @@ def test_each_variant_trains_from_its_row_alone(variant, monkeypatch, always_sig
         assert (kwargs["old_logps"] is None) == on_policy
         if variant == "dr_grpo":
             assert kwargs["normalizer"] == len(mask) * (2 if len(losses) == 2 else 1) * config.max_new_tokens
-    assert ("ratio" in records[0]) == ("k3_old" in records[0]) == (not on_policy)
-    assert {"entropy", "no_signal", "reward_std", "accuracy_std", "format_std", "k3_ref"} <= set(records[0])
+    for name in ("ratio", "clip_low", "clip_high", "k1_old", "k3_old"):
+        assert (name in records[0]) == (not on_policy)
+    assert {
+        "k1_ref",
+        "weight_norm",
+        "grad_norm",
+        "logp_gap",
+        "entropy",
+        "no_signal",
+        "reward_std",
+        "accuracy_std",
+        "format_std",
+        "k3_ref",
+    } <= set(records[0])
     assert records[0]["no_signal"] == 0
 
 
@@ -285,6 +300,22 @@ SMALL_RUN = [
     "--preset=tiny", "--prompts=4", "--group_size=4", "--steps=9", "--max_new_tokens=12", "--eval_problems=4",
     *(f"--{name}={value}" for name, value in SHAPE.items()),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_any_metric_that_is_not_finite_stops_the_run(value):
+    train.stop_if_not_finite("GRPO", 6, {"loss": 1.0, "grad_norm": 2.0}, "advice")
+    for metrics in ({"loss": value, "grad_norm": 2.0}, {"loss": 1.0, "grad_norm": value}):
+        with pytest.raises(FloatingPointError, match=rf"GRPO stopped at step 7: \w+ is {value}; advice"):
+            train.stop_if_not_finite("GRPO", 6, metrics, "advice")
+
+
+@pytest.mark.parametrize("minibatches", [1, 4])
+def test_an_update_that_breaks_the_weights_stops_grpo_at_once_though_the_loss_before_it_was_fine(
+    minibatches, always_signal
+):
+    with pytest.raises(FloatingPointError, match=r"GRPO stopped at step 1: weight_norm is (nan|inf); "):
+        run_grpo(replace(SMALL, lr=1e300, minibatches=minibatches, steps=1))
 
 
 def test_a_loss_that_is_not_finite_stops_grpo_and_leaves_the_base_model(tmp_path, always_signal):
@@ -361,11 +392,43 @@ def test_metrics_of_the_updates_are_means_over_tokens_whatever_the_minibatches()
         minibatches = torch.arange(16).chunk(parts)
         updates = [train.accumulate_gradient(SMALL, model, rollout, advantages, None, rows) for rows in minibatches]
         for sums in updates:
-            sums["grad_norm"] = 2.0
+            sums["grad_norm"] = sums["weight_norm"] = 2.0
         metrics = train.update_metrics(updates)
         assert metrics["entropy"] == pytest.approx(expected, rel=1e-5)
         assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
         assert metrics["grad_norm"] == 2.0
+
+
+def test_metrics_of_minibatches_of_unequal_length_are_weighed_by_their_tokens():
+    short = Counter(
+        tokens=10, ratio=10.0, k3_old=1.0, entropy=5.0, loss=1.0, grad_norm=3.0, weight_norm=8.0, logp_gap=0.5
+    )
+    long = Counter(
+        tokens=30, ratio=42.0, k3_old=0.0, entropy=3.0, loss=2.0, grad_norm=1.0, weight_norm=9.0, logp_gap=0.7
+    )
+    assert train.update_metrics([short, long]) == pytest.approx(
+        {
+            "ratio": 1.3,
+            "k3_old": 0.025,
+            "entropy": 0.2,
+            "loss": 1.5,
+            "grad_norm": 2.0,
+            "weight_norm": 8.5,
+            "logp_gap": 0.5,
+        }
+    )
+
+
+def test_logp_gap_is_the_largest_over_all_micro_batches():
+    model, other = small_model(), small_model()
+    other.init_weights(9)
+    rollout = small_rollout(other)
+    logps = token_logps(model(rollout.tokens), rollout.tokens)
+    expected = (logps - rollout.logps)[rollout.mask].abs().max().item()
+    sums = train.accumulate_gradient(
+        replace(SMALL, micro_batch=3), model, rollout, torch.ones(16), None, torch.arange(16)
+    )
+    assert sums["logp_gap"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_evaluation_counts_what_it_says(monkeypatch):
@@ -474,10 +537,14 @@ def refused(command, arguments, capsys):
         (["--format_weight", "inf"], "--format_weight must be a number of at least 0"),
         (["--reference_every", "5"], "--reference_every needs --beta"),
         (["--kl", "k3_ratio"], "--kl k3_ratio needs --beta"),
+        (["--kl", "k1"], "--kl k1 needs --beta"),
+        (["--accuracy_weight", "0", "--format_weight", "0"], "must not both be 0"),
+        (["--variant", "rloo", "--minibatches", "1", "--inner_epochs", "2"], "rloo makes one update a rollout"),
+        (["--variant", "rloo", "--minibatches", "1", "--clip_low", "0.3"], "rloo has no clip"),
         (["--kl", "k4", "--beta", "1"], "invalid choice: 'k4'"),
         (["--clip_low", "-0.1"], "--clip_low must be a number of at least 0"),
         (["--variant", "rloo"], "--variant rloo makes one update a rollout: add --minibatches 1 --inner_epochs 1"),
-        (["--variant", "reinforce", "--minibatches", "1", "--clip_high", "0.3"], "reinforce has no ratio to clip"),
+        (["--variant", "reinforce", "--minibatches", "1", "--clip_high", "0.3"], "reinforce has no clip"),
         (["--reference_every", "-1"], "--reference_every must be at least 0"),
         (["--threads", "99999999999"], "--threads must be at most 1024"),
         (["--seed", "99999999999999999999"], "--seed must be at least 0 and below 2**63"),
@@ -489,6 +556,7 @@ def refused(command, arguments, capsys):
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--device", "meta"], "--device meta cannot be used here"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
+        (["--init", "tests"], "tests: a folder, not a model file such as tests/base.pt"),
         (["--init", "nowhere/base.pt"], "nowhere/base.pt: there is no such model file"),
         (["--n_head", "5"], "n_head"),
     ],
@@ -512,8 +580,16 @@ def test_a_run_never_overwrites_another(capsys, tmp_path):
 def test_models_of_another_shape_or_vocabulary_are_refused(capsys, tmp_path):
     save_model(tmp_path / "other.pt", Transformer(ModelConfig(vocab_size=50, **SHAPE)))
     save_model(tmp_path / "short.pt", Transformer(ModelConfig(tokenizer.vocab_size, **SHAPE | {"max_seq_len": 30})))
+    broken = small_model()
+    broken.embedding.weight.data[3, 4] = math.nan
+    save_model(tmp_path / "broken.pt", broken)
     (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:3000])
-    for name, complaint in (("other", "vocabulary of 50"), ("cut", "cut.pt"), ("missing", "missing.pt")):
+    for name, complaint in (
+        ("other", "vocabulary of 50"),
+        ("cut", "cut.pt"),
+        ("broken", "NaN or infinite"),
+        ("missing", "missing.pt"),
+    ):
         path = str(tmp_path / f"{name}.pt")
         assert complaint in refused(train.main, ["--init", path, "--out", str(tmp_path / "run")], capsys)
         assert complaint in refused(sample.main, ["7 + 8 - 3", "--checkpoint", path], capsys)
