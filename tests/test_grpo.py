@@ -460,6 +460,7 @@ def test_a_token_that_the_policy_all_but_lost_gives_a_finite_kl_and_never_pushes
     assert (ref_logps - logps).exp().isinf().any(), "without the clamp the batch would overflow"
     loss, metrics = policy_loss(logps, torch.zeros(1), mask, ref_logps=ref_logps, beta=1.0, kl=kl)
     lost, kept = math.exp(10) - 11, math.exp(-1) + 1 - 1
+    assert loss.isfinite()
     assert metrics["k3_ref"].item() == pytest.approx(lost + kept, rel=1e-6)
     gradient = gradient_of(loss, logps)[0]
     assert gradient.isfinite().all()
