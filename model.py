@@ -8,6 +8,7 @@ B rows, T token positions, S positions held in the cache, V vocabulary.
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -178,8 +179,14 @@ class Transformer(nn.Module):
 
 
 def save_model(path: str | Path, model: Transformer) -> None:
-    """Write the config and the weights to one file, tensors and plain data only."""
-    torch.save({"config": asdict(model.config), "weights": model.state_dict()}, path)
+    """Write the config and the weights to one file, tensors and plain data only. It is written beside, flushed to disk
+    and renamed into place: whatever happens on the way, the file that was there stays whole."""
+    partial = Path(f"{path}.partial")
+    with partial.open("wb") as file:
+        torch.save({"config": asdict(model.config), "weights": model.state_dict()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def load_model(path: str | Path, device: str = "cpu") -> Transformer:

@@ -129,3 +129,19 @@ def test_files_that_are_no_models_are_refused_in_one_line(tmp_path, capfd):
             load_model(tmp_path / name)
         assert "\n" not in str(error.value)
     assert capfd.readouterr().out == ""
+
+
+def test_a_save_that_fails_on_the_way_leaves_the_model_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    save_model(path, Transformer(CONFIG))
+    before = path.read_bytes()
+
+    def disk_is_full(data, file):
+        file.write(before[:100])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_is_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(path, Transformer(CONFIG))
+    assert path.read_bytes() == before
+    load_model(path)
