@@ -81,7 +81,7 @@ class Config:
     clip_low: float | None = None  # the ratio may fall to 1 - this; None: the variant's own
     clip_high: float | None = None  # the ratio may rise to 1 + this; None: the variant's own
     beta: float = 0.0  # weight of the KL to the reference; 0: no reference at all
-    kl: str = "k3"  # what beta weighs: k1, k2, k3 (as published), or one times the ratio: k3_ratio (grpo.kl_penalty)
+    kl: str = "k3"  # what beta weighs: k1, k2, k3 (as published) or k3_ratio, its correction (grpo.kl_penalty)
     reference_every: int = 0  # steps until the policy becomes the reference (R1: 400); 0: the base model stays it
     accuracy_weight: float = 1.0  # of the accuracy reward
     format_weight: float = 1.0  # of the format reward; equal weights are R1-Zero's

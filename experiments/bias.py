@@ -21,12 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file finds the rooms above it
 
 from experiments.compare import check_picture
-from grpo import (
-    KL_TERMS,
-    VARIANTS,
-    group_advantages,
-    policy_loss,
-)
+from grpo import KL_TERMS, VARIANTS, group_advantages, policy_loss
 
 # ------------------------------------------------------------------------------------------------- the tiny policy
 

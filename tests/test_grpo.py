@@ -68,7 +68,6 @@ def loss_by_loops(
     kl="k3",
     clip=None,
     held=None,
-    normalizer=None,
 ):
     """The loss of each paper, one token at a time. `held` are the log-probabilities in the factors through which no
     gradient flows; they are the policy's own, kept apart so that finite differences can hold them still."""
@@ -105,8 +104,7 @@ def loss_by_loops(
                 estimate = {"k1": -torch.log(x), "k2": torch.log(x) ** 2 / 2, "k3": x - torch.log(x) - 1}[kl[:2]]
                 objective = objective - beta * estimate * (ratio if kl.endswith("_ratio") else 1)
             total = total + objective / (len(steps) if variant in ("grpo", "gspo") else 1)
-    if normalizer is None:
-        normalizer = {"dapo": tokens, "cispo": tokens, "dr_grpo": len(mask) * MAX_TOKENS}.get(variant, len(mask))
+    normalizer = {"dapo": tokens, "cispo": tokens, "dr_grpo": len(mask) * MAX_TOKENS}.get(variant, len(mask))
     return -total / normalizer
 
 
