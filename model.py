@@ -7,8 +7,12 @@ vectors make "the third operand" easy to find, rotary angles make "two tokens be
 B rows, T token positions, S positions held in the cache, V vocabulary.
 """
 
+import contextlib
+import io
 import math
 import os
+import pickle
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +33,7 @@ class ModelConfig:
     d_model: int  # width of the residual stream
     d_ff: int  # width of the feed-forward layer
     max_seq_len: int  # longest prompt plus completion, in tokens
+    vocabulary: str = ""  # a name for the words that the ids stand for: `Tokenizer.fingerprint`
 
     @property
     def head_dim(self) -> int:
@@ -178,31 +183,65 @@ class Transformer(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def save_model(path: str | Path, model: Transformer) -> None:
-    """Write the config and the weights to one file, tensors and plain data only. It is written beside, flushed to disk
-    and renamed into place: whatever happens on the way, the file that was there stays whole."""
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file beside, flush it to disk and rename it into place: whatever happens on the way, the file that was
+    there stays whole. Raises OSError where it cannot, a full disk for one."""
     partial = Path(f"{path}.partial")
-    with partial.open("wb") as file:
-        torch.save({"config": asdict(model.config), "weights": model.state_dict()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # a full disk gets its room back
+        raise
+
+
+def save_tensors(path: str | Path, data: dict) -> None:
+    """Write tensors and plain data (numbers, text, lists, dicts) to a file, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(data, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def load_tensors(path: str | Path, device: str = "cpu") -> dict:
+    """Read what `save_tensors` wrote. Nothing in the file is run. Raises ValueError, in one line that names the file,
+    where it is missing, holds anything but tensors and plain data, or is damaged by as little as a bit."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is not that of its content")
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds more than tensors and plain data, and so might run code") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, not a model file such as {path}/base.pt") from None
+    except Exception as error:  # zipfile and torch.load raise a dozen types on damaged files
+        raise ValueError(f"{path}: damaged, or not a file of this project ({one_line(error)})") from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def save_model(path: str | Path, model: Transformer) -> None:
+    """Write the config and the weights to one file, tensors and plain data only, whole or not at all."""
+    save_tensors(path, {"config": asdict(model.config), "weights": model.state_dict()})
 
 
 def load_model(path: str | Path, device: str = "cpu") -> Transformer:
-    """Read what `save_model` wrote. Raises ValueError, in one line that names the file, where it is missing, damaged
-    or not such a file, and where its weights do not have the shapes that its config says."""
+    """Read what `save_model` wrote. Raises ValueError, in one line that names the file, for what `load_tensors` does
+    not read, for weights that do not have the shapes that the config says, and for weights that are not finite."""
+    saved = load_tensors(path, device)
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
         model = Transformer(ModelConfig(**saved["config"])).to(device)
         model.load_state_dict(saved["weights"])
-        if not all(weight.isfinite().all() for weight in model.parameters()):
-            raise ValueError("it holds weights that are NaN or infinite")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such model file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, not a model file such as {path}/base.pt") from None
-    except Exception as error:  # torch.load raises half a dozen types on damaged files
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ValueError(f"{path}: damaged, or not what save_model wrote ({reason})") from None
+    except Exception as error:
+        raise ValueError(f"{path}: holds no model that fits together ({one_line(error)})") from None
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise ValueError(f"{path}: holds weights that are NaN or infinite")
     return model

@@ -59,10 +59,11 @@ def sample_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Te
     if temperature == 0:
         tokens = logps.argmax(dim=-1)
     else:
-        cumulative = logps.exp().cumsum(dim=-1)
-        # Scaled by the last sum, which rounding keeps from being 1, noise below 1 always falls on a possible token.
-        target = noise[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target.to(cumulative.dtype), right=True).squeeze(1)
+        # In whole numbers, whose sums do not depend on their order: float sums on a GPU do, from one run to the next.
+        cumulative = (logps.exp() * 2.0**38).long().cumsum(dim=-1)
+        # Of the last sum, which rounding keeps from being 2^38, noise below 1 always falls on a possible token.
+        target = (noise[:, None] * 2.0**24).long() * cumulative[:, -1:] >> 24
+        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return tokens, logps.gather(1, tokens[:, None]).squeeze(1)
 
 
@@ -148,6 +149,14 @@ def decode_completions(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- the command
 
 
+def load_policy(path: str | Path, tokenizer: Tokenizer, device: str = "cpu") -> Transformer:
+    """A model that speaks the tokenizer's words. Raises ValueError, in one line, for what is no such file."""
+    model = load_model(path, device)
+    if (model.config.vocab_size, model.config.vocabulary) != (tokenizer.vocab_size, tokenizer.fingerprint):
+        raise ValueError(f"{path} learned other words: its vocabulary is not that of data/tokenizer.py")
+    return model
+
+
 def newest_checkpoint(runs: Path) -> Path:
     """The model of the run that was trained last. Raises ValueError where there is none."""
     found = sorted(runs.glob("*/r1_zero.pt"), key=lambda path: path.stat().st_mtime)
@@ -210,11 +219,7 @@ def main(arguments: list[str]) -> None:
             raise ValueError("--seed must be at least 0 and below 2**63")
         problem = parse_problem(" ".join(flags.problem)) if flags.problem else None
         flags.checkpoint = flags.checkpoint or newest_checkpoint(Path("out"))
-        model = load_model(flags.checkpoint)
-        if model.config.vocab_size != tokenizer.vocab_size:
-            raise ValueError(
-                f"{flags.checkpoint} has a vocabulary of {model.config.vocab_size}: it learned other words"
-            )
+        model = load_policy(flags.checkpoint, tokenizer)
         if problem:
             answer(model, tokenizer, problem, flags)
     except ValueError as error:

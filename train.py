@@ -3,6 +3,7 @@
     python train.py                          # the whole job: base model, GRPO, evaluation before and after
     python train.py --preset tiny            # the same in a minute, on an easier task
     python train.py --init out/RUN/base.pt   # GRPO from a base model that is there already
+    python train.py --resume out/RUN         # goes on with a run that was stopped
     python train.py --help                   # every knob
 
 Read from top to bottom: configuration, randomness, pretraining, GRPO, evaluation, the run and its folder.
@@ -17,13 +18,19 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes from going on with one run there
+    fcntl = None
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow small products down
 
@@ -36,9 +43,9 @@ from data.arithmetic import Problem, make_problem, write_problem
 from data.corpus import Document, document, longest_document
 from data.tokenizer import Tokenizer, get_tokenizer
 from grpo import KL_TERMS, VARIANTS, group_advantages, loss_normalizer, policy_loss, token_entropy, token_logps
-from model import ModelConfig, Transformer, load_model, save_model
+from model import ModelConfig, Transformer, load_tensors, one_line, save_model, save_tensors, write_whole
 from rewards import accuracy_reward, extract_answer, format_reward
-from sample import Rollout, decode_completions, generate
+from sample import Rollout, decode_completions, generate, load_policy
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
@@ -52,8 +59,12 @@ class Config:
     seed: int = 0  # of the weights, the documents, the problems and the sampling
     out: str = ""  # folder of the run; must not exist yet; default out/<preset>-<variant>-seed<seed>
     init: str = ""  # a base model to start GRPO from, in place of pretraining one
+    resume: str = ""  # folder of a run that was stopped, to go on with; all flags but --device are then that run's
+    save_every: float = 20.0  # seconds between two saves of all that resuming needs
     device: str = "cpu"  # a torch device
     threads: int = 1  # CPU threads; a second one slowed these small products down by half
+    deterministic: bool = False  # on a GPU: only kernels that give the same bits each time; a CPU always does
+    compile: bool = False  # compile the training forward: faster steps after a slow start; needs a C++ compiler
     # task
     min_level: int = 2  # operations in the shortest problem
     max_level: int = 5  # operations in the longest one
@@ -99,14 +110,15 @@ PRESETS = {
         "n_layer": 2,
         "d_ff": 128,
         "pretrain_steps": 1500,
-        "steps": 30,
+        "steps": 50,
         "prompts": 32,
         "eval_problems": 100,
     },
 }
 
-
-Log = Callable[[dict], None]  # takes a line of log.jsonl
+ROOT = Path(__file__).parent
+SOURCES = ("grpo.py", "model.py", "rewards.py", "sample.py", "train.py")  # a run keeps those that it ran with
+SOURCES += ("data/arithmetic.py", "data/corpus.py", "data/tokenizer.py")
 
 
 # ------------------------------------------------------------------------------------------------------- randomness
@@ -127,6 +139,7 @@ def sample_problems(config: Config, purpose: str, step: int, count: int, *, held
 # ------------------------------------------------------------------------------------------------------ pretraining
 
 BATCHES_PER_POOL = 16
+LOG_EVERY = 50  # steps of pretraining that share a line of the log
 
 
 def encode_document(written: Document, tokenizer: Tokenizer) -> tuple[int, list[int]]:
@@ -135,13 +148,14 @@ def encode_document(written: Document, tokenizer: Tokenizer) -> tuple[int, list[
     return len(question), [*question, *tokenizer.encode(written.text, tags=True), tokenizer.eos_id]
 
 
-def document_batches(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of documents: tokens (B, T), right-padded, and the mask (B, T) of those to predict.
+def document_batches(config: Config, tokenizer: Tokenizer, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of documents, from the one of step `first` on: tokens (B, T), right-padded, and the mask (B, T) of those
+    to predict.
 
     Documents are drawn by the pool, sorted by length and cut into batches of as many tokens each, so that little is
     padding; the batches of a pool come in random order. The question of a document is read, not predicted.
     """
-    pool = 0
+    pool, skipped = divmod(first, BATCHES_PER_POOL)
     levels = range(config.min_level, config.max_level + 1)
     while True:
         rng = stream(config.seed, "documents", pool)
@@ -155,14 +169,14 @@ def document_batches(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Ten
             batches[count * BATCHES_PER_POOL // tokens].append(row)
             count += len(row[1])
         rng.shuffle(batches)
-        for batch in batches:
+        for batch in batches[skipped:]:
             width = max(len(ids) for _, ids in batch)
             ids = torch.tensor([ids + [tokenizer.pad_id] * (width - len(ids)) for _, ids in batch])
             start = torch.tensor([max(start, 1) for start, _ in batch])  # nothing comes before token 0 to predict it
             length = torch.tensor([len(ids) for _, ids in batch])
             position = torch.arange(width)
             yield ids, (position >= start[:, None]) & (position < length[:, None])
-        pool += 1
+        pool, skipped = pool + 1, 0
 
 
 def learning_rate(peak: float, step: int, steps: int, *, warmup: int, decay_from: float) -> float:
@@ -201,26 +215,32 @@ def stop_if_not_finite(phase: str, step: int, metrics: dict[str, float], advice:
             raise FloatingPointError(f"{phase} stopped at step {step + 1}: {name} is {value}; {advice}")
 
 
-def pretrain(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log) -> None:
+def compiled(config: Config, model: Transformer) -> torch.nn.Module:
+    """The same function of the same weights, compiled where --compile asks for it: for all shapes from the start, as
+    kernels for the shape of the first step, or of the first one after resuming, could round otherwise."""
+    return torch.compile(model, dynamic=True) if config.compile else model
+
+
+def pretrain(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
     """Next-token prediction on the web in miniature: what comes out is the base model."""
-    optimizer = make_optimizer(model, weight_decay=0.1)
-    batches = document_batches(config, tokenizer)
-    losses, norms = [], []
-    bar = tqdm(range(config.pretrain_steps), desc="pretrain", unit="step", dynamic_ncols=True, disable=None)
+    model, recent = run.model, run.recent
+    forward = compiled(config, model)
+    batches = document_batches(config, tokenizer, run.step)
+    bar = run.bar(config.pretrain_steps)
     for step in bar:
         tokens, mask = (x.to(config.device) for x in next(batches))
-        loss = -token_logps(model(tokens), tokens)[mask].mean()
+        loss = -token_logps(forward(tokens), tokens)[mask].mean()
         loss.backward()
         lr = learning_rate(config.pretrain_lr, step, config.pretrain_steps, warmup=100, decay_from=0.3)
-        norms.append(optimizer_step(model, optimizer, lr, config.max_grad_norm))
-        losses.append(loss.detach())
-        if (step + 1) % 50 == 0 or step + 1 == config.pretrain_steps:
-            recent = {"loss": torch.stack(losses).mean().item(), "grad_norm": torch.stack(norms).mean().item()}
-            recent["weight_norm"] = weight_norm(model)
-            stop_if_not_finite("pretraining", step, recent, "no model was saved yet; a lower --pretrain_lr may help")
-            bar.set_postfix(loss=f"{recent['loss']:.3f}")
-            log({"phase": "pretrain", "step": step + 1, **recent, "lr": lr})
-            losses, norms = [], []
+        recent[0, step % LOG_EVERY] = loss.detach()
+        recent[1, step % LOG_EVERY] = optimizer_step(model, run.optimizer, lr, config.max_grad_norm)
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == config.pretrain_steps:
+            means = recent[:, : step % LOG_EVERY + 1].mean(dim=1).tolist()
+            record = dict(zip(("loss", "grad_norm"), means)) | {"weight_norm": weight_norm(model)}
+            stop_if_not_finite("pretraining", step, record, "no model was saved yet; a lower --pretrain_lr may help")
+            bar.set_postfix(loss=f"{record['loss']:.3f}")
+            run.log({"phase": "pretrain", "step": step + 1, **record, "lr": lr})
+        run.end_step()
 
 
 # ------------------------------------------------------------------------------------------------------------- GRPO
@@ -283,12 +303,12 @@ def accumulate_gradient(
     return sums
 
 
-def grpo(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log) -> None:
+def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
     """Algorithm 1 of DeepSeekMath (Shao et al. 2024) with rules for the reward model; its line numbers at the right.
     Its two outer loops are one here: the reference is refreshed every so many steps of the same count."""
-    optimizer = make_optimizer(model, weight_decay=0.0)
-    reference = copy.deepcopy(model) if config.beta > 0 else None  # line 3
-    bar = tqdm(range(config.steps), desc="grpo", unit="step", dynamic_ncols=True, disable=None)
+    model, reference = run.model, run.reference  # line 3: the reference is the base model
+    forward = compiled(config, model)
+    bar = run.bar(config.steps)
     for step in bar:
         started = time.perf_counter()
         problems = sample_problems(config, "problems", step, config.prompts, held_out=False)  # line 5
@@ -314,8 +334,8 @@ def grpo(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log) -> 
             order = list(range(len(advantages)))
             stream(config.seed, "minibatches", step * config.inner_epochs + epoch).shuffle(order)
             for minibatch in torch.tensor(order, device=config.device).chunk(config.minibatches):
-                sums = accumulate_gradient(config, model, rollout, advantages, ref_logps, minibatch)
-                sums["grad_norm"] = optimizer_step(model, optimizer, lr, config.max_grad_norm).item()  # line 11
+                sums = accumulate_gradient(config, forward, rollout, advantages, ref_logps, minibatch)
+                sums["grad_norm"] = optimizer_step(model, run.optimizer, lr, config.max_grad_norm).item()  # line 11
                 sums["weight_norm"] = weight_norm(model)
                 stop_if_not_finite("GRPO", step, sums, advice)
                 updates.append(sums)
@@ -331,7 +351,8 @@ def grpo(config: Config, model: Transformer, tokenizer: Tokenizer, log: Log) -> 
             record["held_out_accuracy"] = quick_look(config, model, tokenizer)
             shown["held_out_accuracy"] = f"{record['held_out_accuracy']:.2f}"
             bar.write(f"step {step + 1:4}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
-        log(record)
+        run.log(record)
+        run.end_step()
 
 
 def rollout_metrics(config: Config, rollout: Rollout, rewards: dict[str, Tensor]) -> dict[str, float]:
@@ -449,10 +470,132 @@ def evaluate(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
         rng = stream(config.seed, "beyond", level)
         longer = [make_problem(rng, level, held_out=True) for _ in range(100)]
         metrics["beyond"][str(level)] = grade(longer, answer_problems(config, model, tokenizer, longer, 4, 1.0)).mean()
-    return metrics
+    return json.loads(json.dumps(metrics))  # plain numbers in place of numpy's, which last.pt may not hold
 
 
 # ---------------------------------------------------------------------------------------------- the run, its folder
+
+
+class Run:
+    """All of a run that changes while it goes on. `last.pt` holds it, so that a run which was stopped anywhere, any
+    number of times, ends with the weights and the log of one that never was, to the bit. Randomness has no state (see
+    `stream`), so there is none to keep."""
+
+    def __init__(self, config: Config, model: Transformer, phase: str):
+        self.config, self.model, self.folder = config, model, Path(config.out)
+        self.base: dict | None = None  # the base model's evaluation
+        self.seconds = {"pretrain": 0.0, "grpo": 0.0, "evaluation": 0.0}
+        self.log_bytes = 0
+        self.saved_at = self.counted_at = time.perf_counter()
+        self.stepping = self.stop_asked = False
+        self.begin(phase)
+
+    def begin(self, phase: str) -> None:
+        """Start a phase, "pretrain" or "grpo", from the model as it is."""
+        self.phase, self.step = phase, 0  # steps of it that are done
+        self.optimizer = make_optimizer(self.model, weight_decay=0.1 if phase == "pretrain" else 0.0)
+        self.reference = copy.deepcopy(self.model) if phase == "grpo" and self.config.beta > 0 else None
+        self.recent = torch.zeros(2, LOG_EVERY, device=self.config.device)  # of pretraining: not yet in the log
+
+    def state(self) -> dict:
+        """Tensors and plain data; `load_model` can read a file of it too."""
+        return {
+            "config": asdict(self.model.config),
+            "weights": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "reference": self.reference and self.reference.state_dict(),
+            "recent": self.recent,
+            "made_by": made_by(self.config),
+            **{name: getattr(self, name) for name in ("phase", "step", "base", "seconds", "log_bytes")},
+        }
+
+    def load_state(self, saved: dict) -> None:
+        """Raises whatever it meets where `saved` is not what `state` gives for a run of this configuration."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+        if saved["step"] and len(self.optimizer.state) != len(list(self.model.parameters())):
+            raise ValueError("the optimizer's state is not that of all weights")
+        for weight, moments in self.optimizer.state.items():  # load_state_dict looks at neither shapes nor values
+            if not all(x.shape in (weight.shape, ()) and x.isfinite().all() for x in moments.values()):
+                raise ValueError("the optimizer's state has another shape, or is NaN or infinite")
+        if self.reference:
+            self.reference.load_state_dict(saved["reference"])
+        self.recent.copy_(saved["recent"])
+        for name in ("step", "base", "seconds", "log_bytes"):
+            setattr(self, name, saved[name])
+
+    def open(self) -> None:
+        """Open the log for more lines, without those that came after the last save: they will come again. From here to
+        `close`, signals wait for the end of a step. Raises ValueError where the log is in use, or shorter than saved.
+        """
+        self.log_file = (self.folder / "log.jsonl").open("ab")
+        try:
+            if fcntl:
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept until the file is closed
+        except BlockingIOError:
+            raise ValueError(f"{self.folder} is being written by another process: wait for it, or stop it") from None
+        found = self.log_file.tell()
+        if found < self.log_bytes:
+            raise ValueError(f"{self.folder}/log.jsonl has lost lines: {found} bytes of the {self.log_bytes} saved")
+        self.log_file.truncate(self.log_bytes)
+        self.saved = f"step {self.step} of {self.phase}"
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self) -> None:
+        self.log_file.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """The first SIGINT or SIGTERM lets a step end, so that it can be saved. A second one, or one between the
+        phases, where all is saved, leaves at once."""
+        if self.stop_asked or not self.stepping:
+            raise KeyboardInterrupt
+        self.stop_asked = True
+        os.write(2, b"\nstopping when this step is done (once more: at once)\n")  # print may be at work right now
+
+    def log(self, record: dict) -> None:
+        """Add a line to log.jsonl."""
+        readable = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in record.items()}
+        self.log_file.write(json.dumps(readable).encode() + b"\n")
+        self.log_file.flush()
+
+    def bar(self, steps: int) -> tqdm:
+        """The steps of this phase that are still to do, as a progress bar."""
+        self.steps, self.stepping = steps, self.step < steps
+        look = {"desc": self.phase, "unit": "step", "dynamic_ncols": True, "disable": None}
+        return tqdm(range(self.step, steps), initial=self.step, total=steps, **look)
+
+    def end_step(self) -> None:
+        """What comes after each step: a save, where one is due, and the end, where a signal asked for it."""
+        self.step += 1
+        self.stepping = self.step < self.steps
+        if self.stop_asked or time.perf_counter() - self.saved_at > self.config.save_every:
+            self.save()
+        if self.stop_asked:
+            raise KeyboardInterrupt
+
+    def save(self) -> None:
+        """Bring last.pt up to date. The log goes to disk first: last.pt speaks of no line that is not there."""
+        self.count_seconds(self.phase)
+        os.fsync(self.log_file.fileno())
+        self.log_bytes = self.log_file.tell()
+        save_tensors(self.folder / "last.pt", self.state())
+        self.saved_at = time.perf_counter()
+        self.saved = f"step {self.step} of {self.phase}"
+
+    def count_seconds(self, part: str) -> None:
+        """Book the time since the last call."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self.counted_at
+        self.counted_at = now
+
+
+def made_by(config: Config) -> str:
+    """What decides the bits, beside the code, the configuration and the seed."""
+    cuda = torch.device(config.device).type == "cuda"
+    processor = torch.cuda.get_device_name(config.device) if cuda else torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__} on {config.device} ({processor})"
 
 
 def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]:
@@ -468,21 +611,39 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     choices = {"preset": list(PRESETS), "variant": list(VARIANTS), "kl": KL_TERMS}
     for field in fields(Config):
-        parser.add_argument(
-            f"--{field.name}",
-            type=(get_args(field.type) or [field.type])[0],  # float for "float | None"
-            default=argparse.SUPPRESS,
-            choices=choices.get(field.name),
-            metavar="",
-            help=f"{comments.get(field.name, '')} [{field.default!r}]".replace("%", "%%"),
-        )
+        takes = {"type": (get_args(field.type) or [field.type])[0], "metavar": ""}  # float for "float | None"
+        takes |= {"choices": choices[field.name]} if field.name in choices else {}
+        help = f"{comments.get(field.name, '')} [{field.default!r}]".replace("%", "%%")
+        kind = {"action": "store_true"} if field.type is bool else takes
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help, **kind)
     flags = vars(parser.parse_args(arguments))
+    try:
+        if flags.get("resume"):
+            flags = vars(parser.parse_args([*settings_of(flags), *arguments])) | {"out": flags["resume"]}
+    except ValueError as error:
+        parser.error(str(error))
     config = Config(**PRESETS[flags.get("preset", Config.preset)] | flags)
     if not config.out:
         config = replace(config, out=f"out/{config.preset}-{config.variant}-seed{config.seed}")
     if fault := find_fault(config):
         parser.error(fault)
     return config, parser
+
+
+def settings_of(flags: dict) -> list[str]:
+    """The flags that give the settings of the run to resume. Raises ValueError where there is no such run, or where
+    other flags came with --resume."""
+    folder = Path(flags["resume"])
+    if others := sorted(set(flags) - {"resume", "device"}):
+        raise ValueError(f"--resume goes on with the settings of {folder}: leave --{others[0]} out")
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        pairs = [(name, value) for name, value in settings.items() if value not in (None, False)]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"--resume {folder}: not the folder of a run, it holds no config.json") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"--resume {folder}: config.json cannot be read ({one_line(error)})") from None
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in pairs]
 
 
 def find_fault(config: Config) -> str | None:
@@ -524,20 +685,22 @@ def find_fault(config: Config) -> str | None:
     return None
 
 
-def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
-    """The run's new folder and its model, random or from --init. Raises ValueError, in one line, before any work."""
-    folder = Path(config.out)
+def check_device(config: Config) -> None:
     try:
         torch.zeros(1, device=config.device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {config.device} cannot be used here ({reason}); --device cpu can") from None
-    shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig) if field.name != "vocab_size"}
-    asked = ModelConfig(vocab_size=tokenizer.vocab_size, **shape)
+
+
+def new_run(config: Config, tokenizer: Tokenizer) -> Run:
+    """A run at its start, in a folder made for it. Raises ValueError, in one line, before anything is written."""
+    check_device(config)
+    vocabulary = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
+    shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig) if field.name not in vocabulary}
+    asked = ModelConfig(**vocabulary, **shape)
     if config.init:
-        model = load_model(config.init, config.device)
-        if model.config.vocab_size != tokenizer.vocab_size:
-            raise ValueError(f"{config.init} has a vocabulary of {model.config.vocab_size}: it learned other words")
+        model = load_policy(config.init, tokenizer, config.device)
         found = asdict(model.config)
         differing = [f"--{name} {found[name]}" for name in shape if found[name] != shape[name]]
         if differing:
@@ -555,16 +718,48 @@ def prepare(config: Config, tokenizer: Tokenizer) -> tuple[Path, Transformer]:
     for name, tokens in longest.items():
         if tokens > config.max_seq_len:
             raise ValueError(f"{name}: {tokens} tokens exceed the context of {config.max_seq_len} (--max_seq_len)")
+    run = Run(config, model, "grpo" if config.init else "pretrain")
     try:
-        folder.mkdir(parents=True)
+        run.folder.mkdir(parents=True)
     except FileExistsError:
-        raise ValueError(f"{folder} exists: name another folder with --out, or move that one away") from None
+        advice = "name another folder with --out, move that one away, or go on with it: --resume"
+        raise ValueError(f"{run.folder} exists: {advice} {run.folder}") from None
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be made ({error.strerror}): name another folder") from None
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    for source in ("grpo.py", "rewards.py", "train.py"):  # what people change between runs
-        shutil.copy(Path(__file__).parent / source, folder)
-    return folder, model
+        raise ValueError(f"--out {run.folder} cannot be made ({error.strerror}): name another folder") from None
+    (run.folder / "data").mkdir()
+    for source in SOURCES:
+        shutil.copy(ROOT / source, run.folder / source)
+    write_whole(run.folder / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
+    if config.init:
+        save_model(run.folder / "base.pt", model)
+    run.open()
+    run.save()
+    return run
+
+
+def resumed_run(config: Config, tokenizer: Tokenizer) -> Run:
+    """The run in a folder as it was when it was last saved. Raises ValueError, in one line, where it cannot go on to
+    what it would have become."""
+    check_device(config)
+    folder, path = Path(config.out), Path(config.out) / "last.pt"
+    if (folder / "result.json").exists():
+        raise ValueError(f"{folder} has ended: what came of it is in result.json")
+    for source in SOURCES:
+        if not (folder / source).is_file() or (folder / source).read_bytes() != (ROOT / source).read_bytes():
+            advice = f"put that one back or, to go on with this one, cp {source} {folder / source}"
+            raise ValueError(f"{source} is not the {folder / source} that the run began with: {advice}")
+    model = load_policy(path, tokenizer, config.device)
+    try:
+        saved = load_tensors(path, config.device)
+        run = Run(config, model, saved["phase"])
+        run.load_state(saved)
+    except Exception as error:  # a file from a stranger may hold anything
+        raise ValueError(f"{path}: not what a run with this config.json saves ({one_line(error)})") from None
+    run.open()
+    print(f"{folder}: going on after step {run.step} of {run.phase}")
+    if saved["made_by"] != made_by(config):
+        print(f"it was saved by {saved['made_by']}, and this is {made_by(config)}: not the same to the bit")
+    return run
 
 
 def write_samples(path: Path, config: Config, tokenizer: Tokenizer, models: dict[str, Transformer]) -> str:
@@ -579,7 +774,7 @@ def write_samples(path: Path, config: Config, tokenizer: Tokenizer, models: dict
             accuracy, in_format = accuracy_reward(text, problem.answer), format_reward(text)
             lines.append(f"[{name}: accuracy {accuracy:.0f}, format {in_format:.0f}] {text}")
         blocks.append("\n".join(lines))
-    path.write_text("\n\n".join(blocks) + "\n")
+    write_whole(path, ("\n\n".join(blocks) + "\n").encode())
     return blocks[-1]
 
 
@@ -599,47 +794,61 @@ def table(base: dict, r1_zero: dict) -> str:
 def main(arguments: list[str]) -> None:
     config, parser = parse_config(arguments)
     torch.set_num_threads(config.threads)
+    # On a CPU this costs nothing. It replaces one kernel, the compiled gradient of the embedding, in which threads add
+    # to the same sums in whatever order they come.
+    torch.use_deterministic_algorithms(config.deterministic or config.device == "cpu")
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or matrix products on a GPU refuse
     tokenizer = get_tokenizer()
     try:
-        folder, model = prepare(config, tokenizer)
+        run = resumed_run(config, tokenizer) if config.resume else new_run(config, tokenizer)
     except ValueError as error:
         parser.error(str(error))
-    weights = sum(weight.numel() for weight in model.parameters())
-    print(f"{folder}: {weights:,} weights on {config.device}, levels {config.min_level} to {config.max_level}")
+    resume = f"python train.py --resume {run.folder}"
+    try:
+        whole_job(config, run, tokenizer)
+    except KeyboardInterrupt:
+        print(f"\nstopped; {run.saved} is saved. To go on: {resume}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        reason = f"{run.folder} cannot be written ({error.strerror})"
+        sys.exit(f"train.py: {reason}. {run.saved} is saved. To go on, once it can: {resume}")
+    finally:
+        run.close()
+
+
+def whole_job(config: Config, run: Run, tokenizer: Tokenizer) -> None:
+    """Base model, evaluation, GRPO, evaluation: from wherever the run stands."""
+    weights = sum(weight.numel() for weight in run.model.parameters())
+    print(f"{run.folder}: {weights:,} weights on {config.device}, levels {config.min_level} to {config.max_level}")
     print(f"objective: {config.variant} ({VARIANTS[config.variant].source})")
+    if run.phase == "pretrain":
+        pretrain(config, run, tokenizer)
+        save_model(run.folder / "base.pt", run.model)
+        run.count_seconds("pretrain")
+        run.begin("grpo")
+        run.save()
+    base_model = load_policy(run.folder / "base.pt", tokenizer, config.device)
+    if run.base is None:
+        run.base = evaluate(config, base_model, tokenizer)
+        run.count_seconds("evaluation")
+        run.save()
+    base = run.base
+    print(f"base model: pass@1 {base['pass@1']:.3f}, format {base['format']:.3f}; now GRPO, by rules alone")
+    grpo(config, run, tokenizer)
+    save_model(run.folder / "r1_zero.pt", run.model)
+    run.save()
+    r1_zero = evaluate(config, run.model, tokenizer)
+    run.count_seconds("evaluation")
 
-    with (folder / "log.jsonl").open("w", buffering=1) as log_file:
-
-        def log(record: dict) -> None:
-            readable = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in record.items()}
-            log_file.write(json.dumps(readable) + "\n")
-
-        started = time.perf_counter()
-        if not config.init:
-            pretrain(config, model, tokenizer, log)
-        save_model(folder / "base.pt", model)
-        pretrained = time.perf_counter()
-        base_model = copy.deepcopy(model)
-        base = evaluate(config, base_model, tokenizer)
-        print(f"base model: pass@1 {base['pass@1']:.3f}, format {base['format']:.3f}; now GRPO, by rules alone")
-        grpo_started = time.perf_counter()
-        grpo(config, model, tokenizer, log)
-        save_model(folder / "r1_zero.pt", model)
-        grpo_ended = time.perf_counter()
-        r1_zero = evaluate(config, model, tokenizer)
-
-    shown = write_samples(folder / "samples.txt", config, tokenizer, {"base": base_model, "R1-Zero": model})
-    seconds = {
-        "pretrain": pretrained - started,
-        "grpo": grpo_ended - grpo_started,
-        "total": time.perf_counter() - started,
-    }
+    shown = write_samples(run.folder / "samples.txt", config, tokenizer, {"base": base_model, "R1-Zero": run.model})
+    seconds = {"pretrain": run.seconds["pretrain"], "grpo": run.seconds["grpo"], "total": sum(run.seconds.values())}
     result = {"device": config.device, "seed": config.seed, "seconds": seconds, "base": base, "r1_zero": r1_zero}
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(run.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     print(f"\n{shown}\n\n{table(base, r1_zero)}\n")
     print(
         f"pretraining {seconds['pretrain']:.0f} s, GRPO {seconds['grpo']:.0f} s, "
-        f"with both evaluations {seconds['total']:.0f} s -> {folder}/"
+        f"with both evaluations {seconds['total']:.0f} s -> {run.folder}/"
     )
 
 

@@ -6,6 +6,7 @@ thought. The tags of R1-Zero's format, the end of a sequence and the padding are
 them unless the caller says `tags=True`, which nothing does for text that came from a user.
 """
 
+import hashlib
 from functools import cache
 
 import tiktoken
@@ -26,7 +27,8 @@ PIECE = r"[ \n]?#?\p{N}+|[ \n]?\p{L}+:?|[ \n]?[^\s\p{L}\p{N}]|\s"
 
 
 class Tokenizer:
-    """Text to token ids and back. `eos_id` ends a sequence; `pad_id` fills a batch and is never trained on."""
+    """Text to token ids and back. `eos_id` ends a sequence; `pad_id` fills a batch and is never trained on.
+    `fingerprint` tells this vocabulary from any other: ids mean nothing to a model that learned other words."""
 
     def __init__(self) -> None:
         words = [f" {word}" for word in (*WORDS, *range(MAX_NUMBER + 1))]
@@ -44,6 +46,8 @@ class Tokenizer:
         self.eos_id: int = special["<eos>"]
         self.pad_id: int = special["<pad>"]
         self.vocab_size: int = self._encoding.n_vocab
+        words = b"\0".join((PIECE.encode(), *pieces, *(text.encode() for text in special)))
+        self.fingerprint: str = hashlib.sha256(words).hexdigest()[:16]
 
     def encode(self, text: str, tags: bool = False) -> list[int]:
         """The ids of `text`. With `tags`, "<think>" and the other tags become their special tokens; without, they are

@@ -4,13 +4,13 @@ All of them train, and most of them learn something, which is why they were foun
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import train
 from data.arithmetic import make_problem
-from data.tokenizer import get_tokenizer
 from experiments.bias import kl_gradient, kl_term_gradient, random_logits
 from grpo import (
     VARIANTS,
@@ -22,12 +22,11 @@ from grpo import (
     token_entropy,
     token_logps,
 )
-from model import ModelConfig, Transformer
 from sample import decode_completions, generate
+from tests.small import SMALL, run_grpo, small_model, tokenizer
 from train import Config, stream
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
-tokenizer = get_tokenizer()
 
 
 def ragged(lengths=(5, 2, 7, 1), seed=0):
@@ -40,12 +39,6 @@ def ragged(lengths=(5, 2, 7, 1), seed=0):
     position = torch.arange(T)
     mask = (position >= 2) & (position < 2 + torch.tensor(lengths)[:, None])
     return logps.requires_grad_(), old_logps, advantages, mask
-
-
-def small_model(seed=0):
-    model = Transformer(ModelConfig(tokenizer.vocab_size, 1, 2, 1, 16, 24, 64))
-    model.init_weights(seed)
-    return model
 
 
 def rollout_of(model, temperature=1.0, group_size=4, count=2):
@@ -326,7 +319,7 @@ def test_the_loss_that_is_logged_is_that_of_the_whole_step():
 
 def test_the_learning_rate_that_is_logged_is_the_optimizers(monkeypatch):
     """Wrong: a constant in the log and a flag in the optimizer."""
-    used, records = [], []
+    used = []
     honest = torch.optim.AdamW.step
 
     def step(optimizer, *args, **kwargs):
@@ -334,8 +327,7 @@ def test_the_learning_rate_that_is_logged_is_the_optimizers(monkeypatch):
         return honest(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    config = Config(preset="tiny", prompts=2, group_size=2, max_new_tokens=4, steps=3, minibatches=1, lr=0.123)
-    train.grpo(config, small_model(), tokenizer, records.append)
+    _, records = run_grpo(replace(SMALL, prompts=2, group_size=2, max_new_tokens=4, steps=3, minibatches=1, lr=0.123))
     assert used == [{record["lr"]} for record in records]
     assert records[0]["lr"] == pytest.approx(0.123 / 5), "the first of five steps of warm-up"
 

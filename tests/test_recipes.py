@@ -9,19 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizer import get_tokenizer
 from grpo import VARIANTS
-from model import ModelConfig, Transformer, save_model
+from model import save_model
+from tests.small import SHAPE_FLAGS, small_model
 
 ROOT = Path(__file__).parent.parent
 RECIPE = re.compile(
     r"^### ([^\n]+)\n(?:(?!^#).)*?```diff\n(.*?)```\n+```bash\n(python train\.py[^\n]*)\n.*?```", re.M | re.S
 )
 RECIPES = {name: (diff, command) for name, diff, command in RECIPE.findall((ROOT / "README.md").read_text())}
-SHAPE = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 24, "max_seq_len": 96}
 SMALL = [
     "--pretrain_steps=2", "--steps=1", "--prompts=2", "--group_size=4", "--max_new_tokens=12", "--eval_problems=4",
-    *(f"--{name}={value}" for name, value in SHAPE.items()),
+    *SHAPE_FLAGS,
 ]  # fmt: skip
 
 
@@ -36,7 +35,7 @@ def run_recipe(name, folder):
     python, script, *flags = command.split()
     if "--init" in flags:  # a model that nobody trained will do
         flags[flags.index("--init") + 1] = "base.pt"
-        save_model(folder / "base.pt", Transformer(ModelConfig(get_tokenizer().vocab_size, **SHAPE)))
+        save_model(folder / "base.pt", small_model())
     done = subprocess.run([sys.executable, script, *flags, *SMALL], cwd=folder, capture_output=True, text=True)
     assert (python, done.returncode) == ("python", 0), done.stderr
     (log,) = folder.glob("out/*/log.jsonl")

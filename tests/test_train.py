@@ -18,20 +18,13 @@ import torch
 import sample
 import train
 from data.arithmetic import is_for_training, is_held_out, make_problem, write_problem
-from data.tokenizer import get_tokenizer
 from grpo import KL_TERMS, VARIANTS, Variant, loss_normalizer, policy_loss, token_entropy, token_logps
 from model import ModelConfig, Transformer, load_model, save_model
 from sample import Rollout, generate
+from tests.small import SHAPE, SHAPE_FLAGS, SMALL, run_grpo, small_model, tokenizer
 from train import Config, document_batches, learning_rate, majority_is_right, pass_at_k, sample_problems, stream
 
 ROOT = Path(__file__).parent.parent
-tokenizer = get_tokenizer()
-SHAPE = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 24, "max_seq_len": 96}
-SMALL = Config(preset="tiny", **SHAPE, prompts=4, group_size=4, max_new_tokens=12, steps=2, eval_problems=8)
-
-
-def small_model():
-    return Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **SHAPE))
 
 
 def small_rollout(model, config=SMALL, seed=1):
@@ -155,12 +148,6 @@ def test_majority_counts_answers_alone():
 
 
 # ---------------------------------------------------------------------------------------------------- the GRPO loop
-
-
-def run_grpo(config):
-    model, records = small_model(), []
-    train.grpo(config, model, tokenizer, records.append)
-    return model, records
 
 
 @pytest.fixture
@@ -298,7 +285,7 @@ def test_each_variant_trains_from_its_row_alone(variant, monkeypatch, always_sig
 
 SMALL_RUN = [
     "--preset=tiny", "--prompts=4", "--group_size=4", "--steps=9", "--max_new_tokens=12", "--eval_problems=4",
-    *(f"--{name}={value}" for name, value in SHAPE.items()),
+    *SHAPE_FLAGS,
 ]  # fmt: skip
 
 
@@ -334,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_pretraining_in_one_line_before_a_model_
     done = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert re.fullmatch(r"train.py: pretraining stopped at step 50: loss is nan; no model was .*\n", done.stderr)
-    assert not list((tmp_path / "run").glob("*.pt"))
+    assert [path.name for path in (tmp_path / "run").glob("*.pt")] == ["last.pt"]
 
 
 def test_the_reference_is_the_base_model_until_it_is_refreshed(always_signal):
@@ -557,7 +544,7 @@ def refused(command, arguments, capsys):
         (["--device", "meta"], "--device meta cannot be used here"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
         (["--init", "tests"], "tests: a folder, not a model file such as tests/base.pt"),
-        (["--init", "nowhere/base.pt"], "nowhere/base.pt: there is no such model file"),
+        (["--init", "nowhere/base.pt"], "nowhere/base.pt: there is no such file"),
         (["--n_head", "5"], "n_head"),
     ],
 )
@@ -571,7 +558,7 @@ def test_a_run_never_overwrites_another(capsys, tmp_path):
     (tmp_path / "run" / "r1_zero.pt").write_text("precious")
     (tmp_path / "file").write_text("precious")
     for name in ("run", "file"):
-        assert "exists" in refused(train.main, ["--out", str(tmp_path / name)], capsys)
+        assert f"{name} exists: name" in refused(train.main, ["--out", str(tmp_path / name)], capsys)
     assert "cannot be made (Not a directory)" in refused(train.main, ["--out", str(tmp_path / "file" / "run")], capsys)
     assert "cannot be made (File name too long)" in refused(train.main, ["--out", str(tmp_path / ("x" * 300))], capsys)
     assert (tmp_path / "run" / "r1_zero.pt").read_text() == (tmp_path / "file").read_text() == "precious"
@@ -579,13 +566,16 @@ def test_a_run_never_overwrites_another(capsys, tmp_path):
 
 def test_models_of_another_shape_or_vocabulary_are_refused(capsys, tmp_path):
     save_model(tmp_path / "other.pt", Transformer(ModelConfig(vocab_size=50, **SHAPE)))
-    save_model(tmp_path / "short.pt", Transformer(ModelConfig(tokenizer.vocab_size, **SHAPE | {"max_seq_len": 30})))
+    short = replace(small_model().config, max_seq_len=30)
+    save_model(tmp_path / "short.pt", Transformer(short))
+    save_model(tmp_path / "same_size.pt", Transformer(replace(small_model().config, vocabulary="of a task of my own")))
     broken = small_model()
     broken.embedding.weight.data[3, 4] = math.nan
     save_model(tmp_path / "broken.pt", broken)
     (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:3000])
     for name, complaint in (
-        ("other", "vocabulary of 50"),
+        ("other", "learned other words"),
+        ("same_size", "learned other words"),
         ("cut", "cut.pt"),
         ("broken", "NaN or infinite"),
         ("missing", "missing.pt"),
@@ -660,10 +650,13 @@ def test_the_run_folder_holds_what_it_should(tiny_run):
     folder, _ = tiny_run
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "config.json", "log.jsonl", "base.pt", "r1_zero.pt", "samples.txt", "result.json",
-        "grpo.py", "rewards.py", "train.py",
+        "config.json", "log.jsonl", "last.pt", "base.pt", "r1_zero.pt", "samples.txt", "result.json",
+        "grpo.py", "model.py", "rewards.py", "sample.py", "train.py", "data",
     }  # fmt: skip
-    for source in ("grpo.py", "rewards.py", "train.py"):
+    assert {str(path.relative_to(ROOT)) for room in ("*.py", "data/[!_]*.py") for path in ROOT.glob(room)} == set(
+        train.SOURCES
+    )
+    for source in train.SOURCES:
         assert (folder / source).read_text() == (ROOT / source).read_text()
     config = Config(**json.loads((folder / "config.json").read_text()))
     assert config == replace(Config(**train.PRESETS["tiny"]), preset="tiny", out=str(folder))
