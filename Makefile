@@ -7,7 +7,7 @@ train: .venv/ready
 
 test: .venv/ready-to-test
 	.venv/bin/ruff check .
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses 2 --dist loadfile
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=python3.12")'

@@ -491,9 +491,10 @@ class Run:
         self.begin(phase)
 
     def begin(self, phase: str) -> None:
-        """Start a phase, "pretrain" or "grpo", from the model as it is."""
+        """Start a phase, "pretrain" or "grpo", from the model as it is: the base model of what follows."""
         self.phase, self.step = phase, 0  # steps of it that are done
         self.optimizer = make_optimizer(self.model, weight_decay=0.1 if phase == "pretrain" else 0.0)
+        self.base_model = copy.deepcopy(self.model)
         self.reference = copy.deepcopy(self.model) if phase == "grpo" and self.config.beta > 0 else None
         self.recent = torch.zeros(2, LOG_EVERY, device=self.config.device)  # of pretraining: not yet in the log
 
@@ -685,7 +686,11 @@ def find_fault(config: Config) -> str | None:
     return None
 
 
-def check_device(config: Config) -> None:
+def check_machine(config: Config) -> None:
+    """Raise ValueError, in one line, for a device that is not there and a compiler that is not."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and not shutil.which(compiler):
+        raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler} here: leave --compile out")
     try:
         torch.zeros(1, device=config.device).item()
     except (RuntimeError, AssertionError) as error:
@@ -695,7 +700,7 @@ def check_device(config: Config) -> None:
 
 def new_run(config: Config, tokenizer: Tokenizer) -> Run:
     """A run at its start, in a folder made for it. Raises ValueError, in one line, before anything is written."""
-    check_device(config)
+    check_machine(config)
     vocabulary = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
     shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig) if field.name not in vocabulary}
     asked = ModelConfig(**vocabulary, **shape)
@@ -726,21 +731,25 @@ def new_run(config: Config, tokenizer: Tokenizer) -> Run:
         raise ValueError(f"{run.folder} exists: {advice} {run.folder}") from None
     except OSError as error:
         raise ValueError(f"--out {run.folder} cannot be made ({error.strerror}): name another folder") from None
-    (run.folder / "data").mkdir()
-    for source in SOURCES:
-        shutil.copy(ROOT / source, run.folder / source)
-    write_whole(run.folder / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
-    if config.init:
-        save_model(run.folder / "base.pt", model)
-    run.open()
-    run.save()
+    try:
+        (run.folder / "data").mkdir()
+        for source in SOURCES:
+            shutil.copy(ROOT / source, run.folder / source)
+        write_whole(run.folder / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
+        if config.init:
+            save_model(run.folder / "base.pt", model)
+        run.open()
+        run.save()
+    except OSError as error:
+        shutil.rmtree(run.folder)  # it was made a moment ago, and the same command can make it once there is room
+        raise ValueError(f"--out {run.folder} cannot be written ({error.strerror})") from None
     return run
 
 
 def resumed_run(config: Config, tokenizer: Tokenizer) -> Run:
     """The run in a folder as it was when it was last saved. Raises ValueError, in one line, where it cannot go on to
     what it would have become."""
-    check_device(config)
+    check_machine(config)
     folder, path = Path(config.out), Path(config.out) / "last.pt"
     if (folder / "result.json").exists():
         raise ValueError(f"{folder} has ended: what came of it is in result.json")
@@ -749,12 +758,14 @@ def resumed_run(config: Config, tokenizer: Tokenizer) -> Run:
             advice = f"put that one back or, to go on with this one, cp {source} {folder / source}"
             raise ValueError(f"{source} is not the {folder / source} that the run began with: {advice}")
     model = load_policy(path, tokenizer, config.device)
+    saved = load_tensors(path, config.device)
     try:
-        saved = load_tensors(path, config.device)
         run = Run(config, model, saved["phase"])
         run.load_state(saved)
     except Exception as error:  # a file from a stranger may hold anything
         raise ValueError(f"{path}: not what a run with this config.json saves ({one_line(error)})") from None
+    if run.phase == "grpo":
+        run.base_model = load_policy(folder / "base.pt", tokenizer, config.device)
     run.open()
     print(f"{folder}: going on after step {run.step} of {run.phase}")
     if saved["made_by"] != made_by(config):
@@ -828,9 +839,8 @@ def whole_job(config: Config, run: Run, tokenizer: Tokenizer) -> None:
         run.count_seconds("pretrain")
         run.begin("grpo")
         run.save()
-    base_model = load_policy(run.folder / "base.pt", tokenizer, config.device)
     if run.base is None:
-        run.base = evaluate(config, base_model, tokenizer)
+        run.base = evaluate(config, run.base_model, tokenizer)
         run.count_seconds("evaluation")
         run.save()
     base = run.base
@@ -841,7 +851,7 @@ def whole_job(config: Config, run: Run, tokenizer: Tokenizer) -> None:
     r1_zero = evaluate(config, run.model, tokenizer)
     run.count_seconds("evaluation")
 
-    shown = write_samples(run.folder / "samples.txt", config, tokenizer, {"base": base_model, "R1-Zero": run.model})
+    shown = write_samples(run.folder / "samples.txt", config, tokenizer, {"base": run.base_model, "R1-Zero": run.model})
     seconds = {"pretrain": run.seconds["pretrain"], "grpo": run.seconds["grpo"], "total": sum(run.seconds.values())}
     result = {"device": config.device, "seed": config.seed, "seconds": seconds, "base": base, "r1_zero": r1_zero}
     write_whole(run.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file finds the rooms above it
 
-from experiments.compare import check_picture
+from experiments.plot import check_picture
 from grpo import KL_TERMS, VARIANTS, group_advantages, policy_loss
 
 # ------------------------------------------------------------------------------------------------- the tiny policy
@@ -273,7 +273,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--group_size", type=int, default=2, choices=(2, 3), help="outputs of a group [2]")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a picture, as a PNG")
     args = parser.parse_args(arguments)
-    check_picture(parser, args.plot)
+    check_picture(parser, "--plot", args.plot)
     print_deviation(args.group_size)
     print_variants(args.group_size)
     print_kl()

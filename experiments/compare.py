@@ -7,28 +7,25 @@ A run that is still going, or that stopped, is compared as far as its log goes.
 """
 
 import argparse
-import importlib.util
 import json
-import math
 import sys
 from pathlib import Path
 
-CURVES = "accuracy,held_out_accuracy,completion_tokens,entropy,no_signal,grad_norm"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, this file finds experiments/
+
+from experiments.plot import CURVES, check_curves, check_picture, draw_curves, read_log
+
 LAST = 10  # steps
-CODE = ("grpo.py", "rewards.py", "train.py")  # what a run keeps of it
 
 Run = tuple[dict, list[dict], dict]  # configuration, GRPO lines of the log, result (empty where it has not ended)
 
 
 def read_run(folder: Path) -> Run:
     """Raises ValueError, in one line, where the folder is not that of a run, or GRPO has not begun."""
-    for name in ("config.json", "log.jsonl"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not the folder of a run: it holds no {name}")
-    lines = (folder / "log.jsonl").read_text().split("\n")[:-1]  # after the last line break a line is being written
-    records = [record for record in map(json.loads, lines) if record["phase"] == "grpo"]
-    if not records:
-        raise ValueError(f"{folder} has not taken a step of GRPO yet")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it holds no config.json")
+    records = read_log(folder)
     result = folder / "result.json"
     ended = json.loads(result.read_text()) if result.is_file() else {}
     return json.loads((folder / "config.json").read_text()), records, ended
@@ -38,7 +35,8 @@ def code_that_differs(folders: list[Path]) -> list[str]:
     def texts(name: str) -> set[str]:
         return {(folder / name).read_text() if (folder / name).is_file() else "" for folder in folders}
 
-    return [name for name in CODE if len(texts(name)) > 1]
+    found = {str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.py")}
+    return [name for name in sorted(found) if len(texts(name)) > 1]
 
 
 def mean(records: list[dict], name: str) -> float | None:
@@ -79,56 +77,26 @@ def print_comparison(folders: list[Path], runs: list[Run]) -> None:
         print_table(f"log, mean over steps {first} to {steps}", rows)
 
 
-def check_picture(parser: argparse.ArgumentParser, path: Path | None) -> None:
-    """End the program with a line on what is wrong, before any work, where a picture could not be drawn."""
-    if path and not path.absolute().parent.is_dir():
-        parser.error(f"--plot {path}: there is no folder {path.parent}")
-    if path and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install -r experiments/requirements.txt")
-
-
-def plot(path: Path, folders: list[Path], runs: list[Run], curves: list[str]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = math.ceil(len(curves) / 3)
-    figure, axes = plt.subplots(lines, 3, figsize=(12, 3 * lines), layout="constrained", squeeze=False)
-    for axis in axes.flat[len(curves) :]:
-        axis.set_axis_off()
-    for axis, name in zip(axes.flat, curves):
-        for letter, folder, (_, records, _) in zip("AB", folders, runs):
-            points = [(record["step"], record[name]) for record in records if name in record]
-            sparse = "o" if len(points) < len(records) else ""
-            steps, values = zip(*points) if points else ([], [])
-            axis.plot(steps, values, marker=sparse, label=f"{letter}  {folder.name}")
-        axis.set(title=name, xlabel="step")
-    axes.flat[0].legend()
-    figure.savefig(path, dpi=100, format="png")
-    print(f"\n-> {path}")
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", nargs=2, type=Path, help="folder of a run")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw their curves, as a PNG")
-    parser.add_argument("--curves", default=CURVES, metavar="A,B,...", help=f"fields of the log to draw [{CURVES}]")
+    parser.add_argument("--curves", default=CURVES["grpo"], metavar="A,B,...", help="fields of the log to draw")
     args = parser.parse_args(arguments)
-    check_picture(parser, args.plot)
+    check_picture(parser, "--plot", args.plot)
     try:
         runs = [read_run(folder) for folder in args.run]
     except ValueError as error:
         parser.error(str(error))
     curves = args.curves.split(",")
-    for name in curves:
-        if args.plot and not any(name in record for _, records, _ in runs for record in records):
-            parser.error(f"--curves: neither log has a field {name}")
+    logs = {f"{letter}  {folder.name}": records for letter, folder, (_, records, _) in zip("AB", args.run, runs)}
+    if args.plot:
+        check_curves(parser, curves, list(logs.values()))
     print_comparison(args.run, runs)
     if args.plot:
-        plot(args.plot, args.run, runs, curves)
+        draw_curves(args.plot, logs, curves)
 
 
 if __name__ == "__main__":

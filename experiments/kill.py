@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms abov
 from model import load_model, load_tensors
 
 FLAGS = [
-    "--preset=tiny", "--pretrain_steps=500", "--steps=12", "--prompts=8", "--group_size=4", "--max_new_tokens=24",
+    "--preset=tiny", "--pretrain_steps=200", "--steps=10", "--prompts=8", "--group_size=4", "--max_new_tokens=24",
     "--minibatches=2", "--beta=0.05", "--reference_every=5", "--eval_every=4", "--eval_problems=64",
     "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--d_model=16", "--d_ff=24",
 ]  # fmt: skip

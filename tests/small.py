@@ -1,8 +1,6 @@
 """Runs small enough for a test, shared by the tests that make them."""
 
-import json
 import math
-import re
 from dataclasses import replace
 
 from data.tokenizer import get_tokenizer
@@ -27,9 +25,3 @@ def run_grpo(config):
     run.log = records.append
     grpo(config, run, tokenizer)
     return run.model, records
-
-
-def log_without_times(folder):
-    """The lines of a run's log, but for what a clock put there; none may be torn."""
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [{name: x for name, x in json.loads(line).items() if not re.search("seconds", name)} for line in lines]

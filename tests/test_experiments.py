@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bias, by_hand, collect, compare
+from experiments import bias, by_hand, collect, compare, plot
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -80,6 +80,28 @@ def test_two_runs_are_compared_by_flags_results_and_logs(capsys, tmp_path):
     assert "20 of 30 steps" in shown and "held out" not in shown, "a run that has no result yet"
 
 
+def test_the_curves_of_runs_are_drawn_from_their_logs(tmp_path, capsys):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", lr=1.0)
+    plot.main([one])
+    assert (tmp_path / "one" / "curves.png").read_bytes().startswith(PNG)
+    plot.main([one, two, "--out", str(tmp_path / "two.png"), "--curves", "accuracy,k3_old"])
+    assert (tmp_path / "two.png").read_bytes().startswith(PNG)
+    plot.main([one, "--phase", "pretrain", "--curves", "loss", "--out", str(tmp_path / "loss.png")])
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+    capsys.readouterr()
+    for arguments, complaint in (
+        ([one, "--curves", "banana"], "no log has a field banana, but accuracy, entropy"),
+        ([one, "--phase", "pretrain", "--curves", "accuracy"], "no log has a field accuracy, but loss"),
+        ([one, "--out", str(tmp_path / "nowhere" / "x.png")], "there is no folder"),
+        ([str(tmp_path)], "is not the folder of a run: it holds no log.jsonl"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            plot.main(arguments)
+        printed = capsys.readouterr()
+        assert stop.value.code == 2 and printed.out == ""
+        assert complaint in printed.err and printed.err.count("\n") == 1
+
+
 def test_what_is_no_run_is_refused_in_one_line(capsys, tmp_path):
     one = write_run(tmp_path / "one")
     (tmp_path / "empty").mkdir()
@@ -94,7 +116,7 @@ def test_what_is_no_run_is_refused_in_one_line(capsys, tmp_path):
     assert "20 of 30 steps" in capsys.readouterr().out, "a line that is still being written is left alone"
     with pytest.raises(SystemExit):
         compare.main([one, one, "--plot", str(tmp_path / "x.png"), "--curves", "accuracy,banana"])
-    assert "neither log has a field banana" in capsys.readouterr().err
+    assert "no log has a field banana, but accuracy, entropy" in capsys.readouterr().err
     for command, arguments in ((compare.main, [one, one]), (bias.main, [])):
         with pytest.raises(SystemExit) as stop:
             command([*arguments, "--plot", str(tmp_path / "nowhere" / "x.png")])
@@ -105,7 +127,7 @@ def test_what_is_no_run_is_refused_in_one_line(capsys, tmp_path):
     for other, complaint in (
         (tmp_path / "nowhere", "holds no config.json"),
         (tmp_path / "empty", "holds no config.json"),
-        (young, "has not taken a step of GRPO yet"),
+        (young, "has no line of phase grpo in its log yet"),
     ):
         with pytest.raises(SystemExit) as stop:
             compare.main([one, str(other)])

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import train
 from data.arithmetic import is_held_out
 from experiments.collect import table
 from grpo import VARIANTS, clipped_weight, sequence_ratio
+from tests.small import SMALL, run_grpo, small_model, tokenizer
+from train import Run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,7 +48,7 @@ def test_rooms_import_only_what_the_design_allows(room):
 
 def test_the_core_stays_small():
     lines = sum(len((ROOT / f"{room}.py").read_text().splitlines()) for room in MAY_IMPORT if room != "data")
-    assert lines < 1550
+    assert lines < 1800
 
 
 def test_the_four_packages_are_pinned():
@@ -54,7 +57,10 @@ def test_the_four_packages_are_pinned():
     assert all(re.fullmatch(r"\w+==[\d.]+", pin) for pin in pins)
 
 
-def test_commands_of_the_readme_parse():
+def test_commands_of_the_readme_parse(tmp_path, monkeypatch):
+    (tmp_path / "out" / "cpu-grpo-seed0").mkdir(parents=True)  # that --resume goes on with
+    (tmp_path / "out" / "cpu-grpo-seed0" / "config.json").write_text(json.dumps(asdict(train.Config())))
+    monkeypatch.chdir(tmp_path)
     before, changes, after = re.split("^## (?:Change it|What to look at).*$", README, flags=re.MULTILINE)
     assert "diff" in changes, "the commands there are run by test_recipes.py"
     commands = re.findall(r"^python (\S+)(.*?)(?:#.*)?$", before + after, re.MULTILINE)
@@ -78,6 +84,16 @@ def test_files_tests_and_flags_that_the_readme_names_exist():
         assert flag in knobs | {"help", "checkpoint", "plot", "curves", "careful_weight"}, (
             flag
         )  # the last is the README's example
+
+
+def test_the_readmes_table_of_the_log_has_each_field_and_no_other():
+    section = README.partition("### The log, field by field")[2].partition("\n##")[0]
+    names = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+    _, records = run_grpo(replace(SMALL, steps=1, beta=0.01))
+    pretraining = Run(replace(SMALL, pretrain_steps=1), small_model(), "pretrain")
+    pretraining.log = records.append
+    train.pretrain(pretraining.config, pretraining, tokenizer)
+    assert names == set(records[0]) | set(records[1])
 
 
 def test_the_readmes_table_of_variants_is_that_of_the_code():

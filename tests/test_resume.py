@@ -1,10 +1,9 @@
 """Runs that are stopped, damaged, copied and shared: they go on to the same bits, or say in one line why not."""
 
 import contextlib
-import hashlib
-import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,27 +14,16 @@ import pytest
 import torch
 
 import train
+from experiments import kill
+from experiments.kill import outcome
 from model import load_model, load_tensors, save_model
-from tests.small import SHAPE_FLAGS, log_without_times, small_model
+from tests.small import SHAPE_FLAGS, small_model
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
     "--preset=tiny", "--pretrain_steps=120", "--steps=5", "--prompts=4", "--group_size=4", "--max_new_tokens=12",
     "--eval_problems=8", "--eval_every=2", "--minibatches=2", "--beta=0.05", "--reference_every=2", *SHAPE_FLAGS,
 ]  # fmt: skip
-
-
-def weights_hash(path):
-    """One number for all bits of a model's weights."""
-    weights = load_model(path).state_dict()
-    return hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights.values())).hexdigest()
-
-
-def outcome(folder):
-    """All that a run comes to, but for times."""
-    result = json.loads((folder / "result.json").read_text())
-    hashes = [weights_hash(folder / name) for name in ("base.pt", "r1_zero.pt", "last.pt")]
-    return hashes, log_without_times(folder), result["base"], result["r1_zero"], (folder / "samples.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +91,8 @@ def test_a_run_that_was_stopped_anywhere_ends_as_one_that_never_was(updates, who
     assert outcome(folder) == outcome(whole)
 
 
-def test_saving_more_often_changes_nothing(whole, tmp_path):
-    train.main([*FLAGS, "--save_every=0", f"--out={tmp_path / 'run'}"])
+def test_saving_more_often_changes_nothing_nor_does_deterministic_on_a_cpu(whole, tmp_path):
+    train.main([*FLAGS, "--save_every=0", "--deterministic", f"--out={tmp_path / 'run'}"])
     assert outcome(tmp_path / "run") == outcome(whole)
 
 
@@ -188,40 +176,27 @@ def test_a_run_that_was_moved_goes_on_where_it_is(broken_off, whole, tmp_path):
     assert not broken_off.exists()
 
 
-def test_a_disk_that_is_full_stops_the_run_in_one_line_and_the_last_save_is_whole(whole, tmp_path):
-    """A limit on the size of files stands for the disk; like a full one, it holds for root too."""
-    folder = tmp_path / "run"
-    limit = 2 * (whole / "base.pt").stat().st_size  # enough for all that is there at the start, no optimizer yet
-    script = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); import sys, train; "
-    script += "train.main(sys.argv[1:])"
-    command = [sys.executable, "-c", script, *FLAGS, "--save_every=0", f"--out={folder}"]
+def test_kills_a_full_disk_a_folder_gone_and_a_file_in_its_place_lose_nothing(capsys):
+    """The short form of experiments/kill.py, which compares every run with one that was left alone."""
+    kill.main(["--kills=4"])
+    shown = capsys.readouterr().out
+    assert "4 kills survived, 0 bytes lost" in shown
+    for trouble, reason, step in (
+        ("full disk", "File too large", "0"),
+        ("folder moved away", "No such file or directory", r"\d+"),
+        ("file in its place", "Not a directory", r"\d+"),
+    ):
+        line = rf"{trouble}: train.py: \w+ cannot be written \({reason}\). step {step} of pretrain is saved. To go on, "
+        assert re.search(line + r"once it can: python train.py --resume \w+\n", shown), trouble
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_folder(tmp_path):
+    script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); import sys, train; "
+    command = [sys.executable, "-c", script + "train.main(sys.argv[1:])", *FLAGS, f"--out={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    said = f"train.py: {folder} cannot be written (File too large). step 0 of pretrain is saved."
-    assert done.stderr == f"{said} To go on, once it can: python train.py --resume {folder}\n"
-    assert not list(folder.glob("*.partial"))
-    train.main(["--resume", str(folder)])
-    assert outcome(folder) == outcome(whole)
-
-
-def test_a_folder_that_goes_away_stops_the_run_in_one_line(whole, tmp_path, monkeypatch, capsys):
-    folder, away = tmp_path / "run", tmp_path / "away"
-    honest, calls = train.optimizer_step, []
-
-    def optimizer_step(*args):
-        calls.append(args)
-        if len(calls) == 30:
-            folder.rename(away)
-            folder.write_text("a file where the folder was")
-        return honest(*args)
-
-    monkeypatch.setattr(train, "optimizer_step", optimizer_step)
-    with pytest.raises(SystemExit) as stop:
-        train.main([*FLAGS, "--save_every=0", f"--out={folder}"])
-    assert f"{folder} cannot be written (Not a directory). step 29 of pretrain is saved." in str(stop.value)
-    train.main(["--resume", str(away)])
-    assert outcome(away) == outcome(whole)
-    assert folder.read_text() == "a file where the folder was"
+    assert done.returncode == 2
+    assert done.stderr == f"train.py: error: --out {tmp_path / 'run'} cannot be written (File too large)\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 # -------------------------------------------------------------------------------------------- refused, in one line
@@ -302,6 +277,7 @@ DAMAGE = {
     ),
     "half an optimizer": (in_last(lambda saved: saved["optimizer"].popitem()), "not that of all weights"),
     "no reference": (in_last(lambda saved: saved.update(reference=None)), "not what a run with this"),
+    "no base.pt": (lambda run: (run / "base.pt").unlink(), "base.pt: there is no such file"),
     "no phase": (in_last(lambda saved: saved.pop("phase")), "not what a run with this"),
     "a log cut short": (lambda run: os.truncate(run / "log.jsonl", 10), "has lost lines: 10 bytes"),
     "no config.json": (lambda run: (run / "config.json").unlink(), "holds no config.json"),

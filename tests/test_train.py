@@ -1,5 +1,6 @@
 """The loop, the evaluation, the run folder, and what happens to bad input."""
 
+import io
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from grpo import KL_TERMS, VARIANTS, Variant, loss_normalizer, policy_loss, toke
 from model import ModelConfig, Transformer, load_model, save_model
 from sample import Rollout, generate
 from tests.small import SHAPE, SHAPE_FLAGS, SMALL, run_grpo, small_model, tokenizer
-from train import Config, document_batches, learning_rate, majority_is_right, pass_at_k, sample_problems, stream
+from train import Config, Run, document_batches, learning_rate, majority_is_right, pass_at_k, sample_problems, stream
 
 ROOT = Path(__file__).parent.parent
 
@@ -334,6 +336,42 @@ def test_the_reference_is_the_base_model_until_it_is_refreshed(always_signal):
     assert refreshed[2]["k3_ref"] == pytest.approx(0, abs=1e-7)
 
 
+class Seen(train.tqdm):
+    """A progress bar that shows nothing, and remembers what it would have shown."""
+
+    bars: ClassVar = []
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
+        self.bars.append((self, kwargs, []))
+
+    def set_postfix(self, *args, **kwargs):
+        super().set_postfix(*args, **kwargs)
+        self.bars[-1][2].append(self.postfix)
+
+
+def test_the_bar_and_the_log_agree(monkeypatch, always_signal):
+    monkeypatch.setattr(train, "tqdm", Seen)
+    run, records = Run(replace(SMALL, steps=3, pretrain_steps=70, save_every=math.inf), small_model(), "pretrain"), []
+    run.log = records.append
+    run.step = 20  # as after resuming
+    train.pretrain(run.config, run, tokenizer)
+    bar, settings, shown = Seen.bars[-1]
+    assert (settings["initial"], settings["desc"], bar.n, bar.total) == (20, "pretrain", 70, 70)
+    assert shown == [f"loss={record['loss']:.3f}" for record in records]
+    assert [record["step"] for record in records] == [50, 70]
+    run.begin("grpo")
+    monkeypatch.setattr(train, "quick_look", lambda *args: 0.5)
+    train.grpo(run.config, run, tokenizer)
+    bar, settings, shown = Seen.bars[-1]
+    assert (settings["initial"], settings["desc"], bar.n, bar.total) == (0, "grpo", 3, 3)
+    assert shown == [
+        f"accuracy={record['accuracy']:.2f}, format={record['format']:.2f}, "
+        f"completion_tokens={record['completion_tokens']:.2f}, entropy={record['entropy']:.2f}"
+        for record in records[2:]
+    ]
+
+
 def test_inner_epochs_move_the_ratio_away_from_1(always_signal):
     _, once = run_grpo(replace(SMALL, steps=1, minibatches=1, lr=3e-2))
     assert once[0]["ratio"] == pytest.approx(1, abs=1e-5)
@@ -550,6 +588,13 @@ def refused(command, arguments, capsys):
 )
 def test_bad_flags_are_refused_in_one_line_before_anything_is_written(arguments, complaint, capsys, tmp_path):
     assert complaint in refused(train.main, [*arguments, "--out", str(tmp_path / "run")], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_compile_is_refused_in_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    arguments = ["--compile", "--out", str(tmp_path / "run")]
+    assert "--compile needs a C++ compiler, and there is no no-such" in refused(train.main, arguments, capsys)
     assert list(tmp_path.iterdir()) == []
 
 

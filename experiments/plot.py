@@ -1,0 +1,101 @@
+"""Draw the curves of one run or several from their logs, as a PNG.
+
+    python experiments/plot.py out/cpu-grpo-seed0                       # -> out/cpu-grpo-seed0/curves.png
+    python experiments/plot.py out/cpu-grpo-seed* --out seeds.png
+    python experiments/plot.py out/cpu-grpo-seed0 --curves loss,grad_norm --phase pretrain
+
+Needs matplotlib: pip install -r experiments/requirements.txt. A run that is still going, or that stopped, is drawn as
+far as its log goes.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+CURVES = {
+    "grpo": "accuracy,held_out_accuracy,completion_tokens,entropy,no_signal,grad_norm",
+    "pretrain": "loss,grad_norm,weight_norm",
+}
+
+
+def read_log(folder: Path, phase: str = "grpo") -> list[dict]:
+    """The lines of one phase, "pretrain" or "grpo". Raises ValueError, in one line, where the folder is not that of a
+    run, or the phase has not begun."""
+    if not (folder / "log.jsonl").is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it holds no log.jsonl")
+    lines = (folder / "log.jsonl").read_text().split("\n")[:-1]  # after the last line break a line is being written
+    records = [record for record in map(json.loads, lines) if record["phase"] == phase]
+    if not records:
+        raise ValueError(f"{folder} has no line of phase {phase} in its log yet")
+    return records
+
+
+def check_picture(parser: argparse.ArgumentParser, flag: str, path: Path | None) -> None:
+    """End the program with a line on what is wrong, before any work, where a picture could not be drawn."""
+    if path and not path.absolute().parent.is_dir():
+        parser.error(f"{flag} {path}: there is no folder {path.parent}")
+    if path and not importlib.util.find_spec("matplotlib"):
+        parser.error(f"{flag} needs matplotlib: pip install -r experiments/requirements.txt")
+
+
+def check_curves(parser: argparse.ArgumentParser, curves: list[str], logs: list[list[dict]]) -> None:
+    for name in curves:
+        if not any(name in record for records in logs for record in records):
+            fields = ", ".join(field for field in logs[0][0] | logs[0][-1] if field not in ("phase", "step"))
+            parser.error(f"--curves: no log has a field {name}, but {fields}")
+
+
+def draw_curves(path: Path, logs: dict[str, list[dict]], curves: list[str]) -> None:
+    """A panel for each field of the log in `curves`, a line in it for each log, by its name; points where a field
+    stands in few lines only."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_axis_off()
+    for axis, field in zip(axes.flat, curves):
+        for name, records in logs.items():
+            points = [(record["step"], record[field]) for record in records if field in record]
+            steps, values = zip(*points) if points else ([], [])
+            axis.plot(steps, values, marker="o" if len(points) < len(records) else "", label=name)
+        axis.set(title=field, xlabel="step")
+        axis.grid(alpha=0.3)
+    if len(logs) > 1:
+        axes.flat[0].legend(fontsize="small")
+    figure.savefig(path, dpi=100, format="png")
+    print(f"-> {path}")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="plot.py",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", nargs="+", type=Path, help="folder of a run")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the picture [curves.png in the first folder]")
+    parser.add_argument("--phase", choices=list(CURVES), default="grpo", help="pretrain or grpo [grpo]")
+    parser.add_argument("--curves", metavar="A,B,...", help=f"fields of the log to draw [{CURVES['grpo']}]")
+    args = parser.parse_args(arguments)
+    try:
+        logs = {folder.absolute().name: read_log(folder, args.phase) for folder in args.run}
+    except ValueError as error:
+        parser.error(str(error))
+    path = args.out or args.run[0] / "curves.png"
+    check_picture(parser, "--out", path)
+    curves = (args.curves or CURVES[args.phase]).split(",")
+    check_curves(parser, curves, list(logs.values()))
+    draw_curves(path, logs, curves)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
