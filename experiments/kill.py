@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,10 +30,10 @@ sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms abov
 
 from model import load_model, load_tensors
 
-FLAGS = [
-    "--preset=tiny", "--pretrain_steps=200", "--steps=10", "--prompts=8", "--group_size=4", "--max_new_tokens=24",
-    "--minibatches=2", "--beta=0.05", "--reference_every=5", "--eval_every=4", "--eval_problems=64",
-    "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--d_model=16", "--d_ff=24",
+FLAGS = [  # just enough pretraining that GRPO has something to reward
+    "--preset=tiny", "--pretrain_steps=300", "--pretrain_lr=1e-2", "--steps=10", "--prompts=8", "--group_size=4",
+    "--max_new_tokens=24", "--minibatches=2", "--beta=0.05", "--reference_every=4", "--eval_every=4",
+    "--eval_problems=64", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--d_model=16", "--d_ff=24",
 ]  # fmt: skip
 UNSAVED = "before anything was saved: the run begins again"
 MODELS = ("base.pt", "r1_zero.pt", "last.pt")
@@ -86,31 +87,45 @@ def finish(folder: Path, *flags: str) -> dict:
     return outcome(folder)
 
 
+def wait_for(condition: Callable[[], bool], run: subprocess.Popen, seconds: float) -> None:
+    """Look again and again, without a pause, until the condition holds, the run has ended or the time is up."""
+    until = time.monotonic() + seconds
+    while not condition() and run.poll() is None and time.monotonic() < until:
+        pass
+
+
 def kill_at_random(rng: random.Random, folder: Path) -> str | None:
     """Kill the run in a folder with SIGKILL at a random moment, and check what it left. Returns where it was killed, or
     None where it came to its end before."""
-    before = load_tensors(folder / "last.pt") if (folder / "last.pt").exists() else None
+    last, partial = folder / "last.pt", folder / "last.pt.partial"
+    before = load_tensors(last) if last.exists() else None
+    written = last.stat().st_mtime_ns if before else 0
     run = start(folder, "--save_every=0")
-    if rng.random() < 0.95:  # else while Python starts
-        run.stdout.readline()
-    try:
-        run.wait(rng.uniform(0, 1.0))
-    except subprocess.TimeoutExpired:
-        run.send_signal(signal.SIGKILL)
-    run.communicate()
+    moment = rng.choice(("early", "later", "later", "in a write", "in a write"))
+    if moment == "early":
+        wait_for(lambda: False, run, rng.uniform(0, 3))
+    else:
+        wait_for(lambda: last.exists() and last.stat().st_mtime_ns != written, run, 4)  # it has come further
+        wait_for(lambda: False, run, rng.uniform(0, 0.6))
+    if moment == "in a write":
+        wait_for(partial.exists, run, 0.5)
+    run.kill()
+    _, said = run.communicate()
     if run.returncode != -signal.SIGKILL:
-        assert run.returncode == 0, f"a run that was not killed ended with status {run.returncode}"
+        assert run.returncode == 0, f"a run that was not killed ended with status {run.returncode}: {said}"
         return None
-    if not (folder / "last.pt").exists():
+    if not last.exists():
         return UNSAVED
-    saved = load_tensors(folder / "last.pt")  # raises ValueError if a bit of it is wrong
+    saved = load_tensors(last)  # raises ValueError if a bit of it is wrong
     lost = saved["log_bytes"] - (folder / "log.jsonl").stat().st_size
     assert lost <= 0, f"the log has lost {lost} bytes"
     order = ("pretrain", "grpo")
     if before:
         went_back = (order.index(saved["phase"]), saved["step"]) < (order.index(before["phase"]), before["step"])
         assert not went_back, "last.pt is older than before"
-    return "while last.pt was being written" if (folder / "last.pt.partial").exists() else f"in {saved['phase']}"
+    evaluating = saved["phase"] == "grpo" and (not saved["base"] or (folder / "r1_zero.pt").exists())
+    where = "in an evaluation" if evaluating else f"in {saved['phase']}"
+    return f"{where}, while last.pt was being written" if partial.exists() else where
 
 
 def kill_many(kills: int, rng: random.Random, folders: Path, expected: dict) -> Counter:
@@ -119,12 +134,13 @@ def kill_many(kills: int, rng: random.Random, folders: Path, expected: dict) -> 
     bar = tqdm(total=kills, desc="kill", unit="kill", disable=None)
     for number in itertools.count():
         folder, where = folders / f"killed {number}", ""
-        while where not in (None, UNSAVED) and fell.total() < kills:
+        ended = folder / "result.json"
+        while not ended.exists() and where != UNSAVED and fell.total() < kills:
             if where := kill_at_random(rng, folder):
                 fell[where] += 1
                 bar.update()
         if where != UNSAVED:
-            compare(finish(folder) if where else outcome(folder), expected)
+            compare(outcome(folder) if ended.exists() else finish(folder), expected)
         if fell.total() == kills:
             return fell
 
@@ -184,6 +200,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folders = Path(name)
         expected = finish(folders / "whole")
+        assert expected["base.pt"] != expected["r1_zero.pt"], "GRPO has changed nothing, so it shows nothing"
         for harm in (full_disk, folder_moved_away, file_in_its_place):
             said = harm(folders / harm.__name__, expected)
             print(f"{harm.__name__.replace('_', ' ')}: {said}".replace(f"{name}/", ""))

@@ -15,15 +15,11 @@ import torch
 
 import train
 from experiments import kill
-from experiments.kill import outcome
+from experiments.kill import FLAGS, outcome
 from model import load_model, load_tensors, save_model
-from tests.small import SHAPE_FLAGS, small_model
+from tests.small import small_model
 
 ROOT = Path(__file__).parent.parent
-FLAGS = [
-    "--preset=tiny", "--pretrain_steps=120", "--steps=5", "--prompts=4", "--group_size=4", "--max_new_tokens=12",
-    "--eval_problems=8", "--eval_every=2", "--minibatches=2", "--beta=0.05", "--reference_every=2", *SHAPE_FLAGS,
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +27,7 @@ def whole(tmp_path_factory):
     """A run that was never stopped."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     train.main([*FLAGS, f"--out={folder}"])
+    assert outcome(folder)["base.pt"] != outcome(folder)["r1_zero.pt"], "GRPO has changed nothing, so it shows nothing"
     return folder
 
 
@@ -61,7 +58,7 @@ def stopped(arguments):
 @pytest.fixture(scope="module")
 def stopped_in_grpo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "stopped"
-    with pytest.MonkeyPatch.context() as monkeypatch, signal_after(125, signal.SIGTERM, monkeypatch):
+    with pytest.MonkeyPatch.context() as monkeypatch, signal_after(305, signal.SIGTERM, monkeypatch):
         stopped([*FLAGS, f"--out={folder}"])
     return folder
 
@@ -75,7 +72,7 @@ def broken_off(stopped_in_grpo, tmp_path):
 # ------------------------------------------------------------------------------------------------------ to the bit
 
 
-@pytest.mark.parametrize("updates", [[1], [50], [7, 13, 5, 60], [120, 1, 1, 1], [122, 3, 4]])
+@pytest.mark.parametrize("updates", [[1], [50], [7, 13, 5, 270], [300, 1, 1, 1], [302, 3, 4]])
 def test_a_run_that_was_stopped_anywhere_ends_as_one_that_never_was(updates, whole, tmp_path, monkeypatch, capsys):
     """In pretraining, between two lines of the log and on one; in GRPO, once and again; with a reference that moves."""
     folder = tmp_path / "run"
@@ -112,16 +109,15 @@ train.main(sys.argv[2:])
 def test_a_compiled_run_that_was_stopped_ends_as_one_that_never_was(tmp_path):
     """In processes of their own, as the kernels compiled for the first step after resuming must round as before; with
     two threads, which in the compiled gradient of the embedding add in any order but for deterministic algorithms."""
-    compiled = ["--compile", "--threads=2", "--pretrain_steps=60", "--steps=2", "--minibatches=1"]
-    compiled += ["--beta=0", "--reference_every=0"]
 
     def run(steps, *arguments):
         command = [sys.executable, "-c", STOP_AFTER, str(steps), *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True).returncode
 
     once, twice = tmp_path / "once", tmp_path / "twice"
-    assert run(0, *FLAGS, *compiled, f"--out={once}") == 0
-    assert run(33, *FLAGS, *compiled, f"--out={twice}") == 130
+    assert run(0, *FLAGS, "--compile", "--threads=2", f"--out={once}") == 0
+    assert run(33, *FLAGS, "--compile", "--threads=2", f"--out={twice}") == 130
+    assert run(270, f"--resume={twice}") == 130, "after three steps of GRPO"
     assert run(0, f"--resume={twice}") == 0
     assert outcome(once) == outcome(twice)
 
@@ -131,7 +127,7 @@ def test_a_compiled_run_that_was_stopped_ends_as_one_that_never_was(tmp_path):
 
 def test_a_second_signal_leaves_at_once_and_the_last_save_is_whole(whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    with signal_after(124, signal.SIGINT, monkeypatch, times=2):
+    with signal_after(304, signal.SIGINT, monkeypatch, times=2):
         stopped([*FLAGS, f"--out={folder}"])
     assert "step 0 of grpo is saved" in capsys.readouterr().err, "in the middle of step 2, with no save since it began"
     train.main(["--resume", str(folder)])
