@@ -90,7 +90,7 @@ class Attention(nn.Module):
         B, T, d_model = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         queries, keys, values = qkv.split(self.heads, dim=1)  # (B, heads, T, head_dim)
-        queries, keys = rotate(queries, *angles), rotate(keys, *angles)
+        queries, keys = (rotate(x, *angles).to(values.dtype) for x in (queries, keys))
         if cache is not None:
             keys, values = cache.write(self.layer, positions, keys, values)  # (B, n_kv_head, S, head_dim)
         attended = F.scaled_dot_product_attention(
@@ -133,6 +133,7 @@ class Transformer(nn.Module):
         if config.d_model % (2 * config.n_head) or config.n_head % config.n_kv_head:
             raise ValueError(f"d_model must be a multiple of 2 * n_head, and n_head of n_kv_head: {config}")
         self.config = config
+        self.in_bfloat16 = False  # whether the blocks multiply matrices in bfloat16; weights and logits never are
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position = nn.Embedding(config.max_seq_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -177,9 +178,10 @@ class Transformer(nn.Module):
             cache.lengths = cache.lengths + T
         angles = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, head_dim / 2)
         x = self.embedding(tokens) + self.position(positions)
-        for block in self.blocks:
-            x = block(x, angles, positions, mask, cache)
-        logits = F.linear(self.norm(x), self.embedding.weight)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            for block in self.blocks:
+                x = block(x, angles, positions, mask, cache)
+        logits = F.linear(self.norm(x), self.embedding.weight)  # bfloat16 would be off by a hundredth at logits of 5
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -18,6 +18,9 @@ import re
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 TAG = re.compile("(" + "|".join(TAGS) + ")")
 NUMBER = re.compile("-?[0-9]+")
+WORD = re.compile(r"[^\W\d_]+")
+WORDS_OF = {"en": re.compile("[A-Za-z]+"), "ko": re.compile("[가-힣]+")}
+MIN_WORDS = 2  # fewer are no thought in any language
 
 
 def split_completion(completion: str) -> tuple[list[str], list[str]]:
@@ -52,3 +55,17 @@ def format_reward(completion: str) -> float:
         return 0.0
     before, thought, between, answer, after = (text.strip() for text in texts)
     return float(bool(thought and answer) and not (before or between or after))
+
+
+def language_consistency_reward(completion: str, language: str) -> float:
+    """The share, in [0, 1], of the words of the thought that are in `language`, "en" or "ko" (R1's supplement, eq. 7).
+
+    Digits, operators and tags are no words of any language. A thought that is not there, not first, or has hardly a
+    word earns 0: to say nothing must not pay. Raises KeyError for another language.
+    """
+    in_language = WORDS_OF[language]
+    tags, texts = split_completion(completion)
+    words = WORD.findall(texts[1]) if tags[:2] == TAGS[:2] else []
+    if len(words) < MIN_WORDS:
+        return 0.0
+    return sum(bool(in_language.fullmatch(word)) for word in words) / len(words)

@@ -2,6 +2,7 @@
 
     python sample.py "7 + 8 - 3"          # the newest run thinks and answers
     python sample.py "7 + 8 - 3" -n 8     # a group of 8, with R1-Zero's rewards and GRPO's advantages
+    python sample.py "7 더하기 8 빼기 3"     # in Korean, for a model that was trained with --languages en,ko
     python sample.py                      # asks for problems
 
 B rows, G of them for each of P prompts; T token positions; V vocabulary.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data.arithmetic import Problem, parse_problem
+from data.languages import language_of
 from data.tokenizer import Tokenizer, get_tokenizer
 from grpo import group_advantages
 from model import KVCache, Transformer, load_model
@@ -98,7 +100,7 @@ def generate(
     P, B, T = len(prompts), len(prompts) * group_size, longest + max_new_tokens
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     padded = torch.tensor([prompt + [eos_id] * (longest - len(prompt)) for prompt in prompts], device=device)
-    cache = KVCache(model.config, P, T, like=weight)
+    cache = KVCache(model.config, P, T, like=weight.bfloat16() if model.in_bfloat16 else weight)
     logits = model(padded, cache)[torch.arange(P, device=device), lengths - 1]  # (P, V)
     cache.lengths = lengths
     group = torch.arange(P, device=device).repeat_interleave(group_size)
@@ -217,7 +219,8 @@ def main(arguments: list[str]) -> None:
             raise ValueError("--temperature must be 0 or at least 0.001")
         if not 0 <= flags.seed < 2**63:
             raise ValueError("--seed must be at least 0 and below 2**63")
-        problem = parse_problem(" ".join(flags.problem)) if flags.problem else None
+        typed = " ".join(flags.problem)
+        problem = parse_problem(typed, language_of(typed)) if typed else None
         flags.checkpoint = flags.checkpoint or newest_checkpoint(Path("out"))
         model = load_policy(flags.checkpoint, tokenizer)
         if problem:
@@ -232,7 +235,7 @@ def main(arguments: list[str]) -> None:
         if not line.strip():
             break
         try:
-            answer(model, tokenizer, parse_problem(line), flags)
+            answer(model, tokenizer, parse_problem(line, language_of(line)), flags)
         except ValueError as error:
             print(error)
 

@@ -39,12 +39,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.arithmetic import Problem, make_problem, write_problem
+from data.arithmetic import APPLY, Problem, Task, make_problem
 from data.corpus import Document, document, longest_document
-from data.tokenizer import Tokenizer, get_tokenizer
+from data.languages import LANGUAGES
+from data.tokenizer import MAX_NUMBER, MAX_STEP, Tokenizer, get_tokenizer
 from grpo import KL_TERMS, VARIANTS, group_advantages, loss_normalizer, policy_loss, token_entropy, token_logps
 from model import ModelConfig, Transformer, load_tensors, one_line, save_model, save_tensors, write_whole
-from rewards import accuracy_reward, extract_answer, format_reward
+from rewards import accuracy_reward, extract_answer, format_reward, language_consistency_reward
 from sample import Rollout, decode_completions, generate, load_policy
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -54,7 +55,7 @@ from sample import Rollout, decode_completions, generate, load_policy
 class Config:
     """Every knob of a run. The comments are what `--help` prints."""
 
-    preset: str = "cpu"  # cpu | tiny: a set of values for the rest
+    preset: str = "cpu"  # gpu | cpu | tiny: a set of values for the rest; default gpu where CUDA is, else cpu
     variant: str = "grpo"  # row of grpo.VARIANTS: which objective
     seed: int = 0  # of the weights, the documents, the problems and the sampling
     out: str = ""  # folder of the run; must not exist yet; default out/<preset>-<variant>-seed<seed>
@@ -62,12 +63,16 @@ class Config:
     resume: str = ""  # folder of a run that was stopped, to go on with; all flags but --device are then that run's
     save_every: float = 20.0  # seconds between two saves of all that resuming needs
     device: str = "cpu"  # a torch device
+    dtype: str = "float32"  # of matrix products: float32 or bfloat16; weights and log-probabilities stay float32
     threads: int = 1  # CPU threads; a second one slowed these small products down by half
     deterministic: bool = False  # on a GPU: only kernels that give the same bits each time; a CPU always does
     compile: bool = False  # compile the training forward: faster steps after a slow start; needs a C++ compiler
     # task
     min_level: int = 2  # operations in the shortest problem
     max_level: int = 5  # operations in the longest one
+    operators: str = "+-"  # +- or +-*: with * no order but that of the chain will do
+    max_total: int = 20  # limit of the running total
+    languages: str = "en"  # en or en,ko: of the questions, and of the documents
     # model
     n_layer: int = 3  # blocks
     n_head: int = 4  # query heads
@@ -96,15 +101,45 @@ class Config:
     reference_every: int = 0  # steps until the policy becomes the reference (R1: 400); 0: the base model stays it
     accuracy_weight: float = 1.0  # of the accuracy reward
     format_weight: float = 1.0  # of the format reward; equal weights are R1-Zero's
+    language_weight: float = 0.0  # of the reward for thinking in the question's language; R1's is 1
+    curriculum: float = 0.0  # accuracy at the highest level that adds the next one; 0: never
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     # evaluation
     eval_every: int = 25  # steps between two quick looks at held-out problems
     eval_problems: int = 500  # held-out problems of the evaluation before and after
     eval_samples: int = 16  # completions of each
 
+    @property
+    def task(self) -> Task:
+        return Task(self.operators, self.max_total, tuple(self.languages.split(",")))
+
 
 PRESETS = {
     "cpu": {},
+    "gpu": {
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "min_level": 1,
+        "max_level": 8,
+        "operators": "+-*",
+        "max_total": 99,
+        "languages": "en,ko",
+        "n_layer": 6,
+        "n_head": 8,
+        "n_kv_head": 4,
+        "d_model": 256,
+        "d_ff": 768,
+        "max_seq_len": 192,
+        "pretrain_steps": 8000,
+        "pretrain_tokens": 4096,
+        "pretrain_lr": 2e-3,
+        "steps": 150,
+        "prompts": 128,
+        "group_size": 16,
+        "max_new_tokens": 112,
+        "lr": 3e-4,
+        "micro_batch": 512,
+    },
     "tiny": {
         "max_level": 2,
         "n_layer": 2,
@@ -118,7 +153,7 @@ PRESETS = {
 
 ROOT = Path(__file__).parent
 SOURCES = ("grpo.py", "model.py", "rewards.py", "sample.py", "train.py")  # a run keeps those that it ran with
-SOURCES += ("data/arithmetic.py", "data/corpus.py", "data/tokenizer.py")
+SOURCES += ("data/arithmetic.py", "data/corpus.py", "data/languages.py", "data/tokenizer.py")
 
 
 # ------------------------------------------------------------------------------------------------------- randomness
@@ -129,11 +164,15 @@ def stream(seed: int, purpose: str, step: int) -> random.Random:
     return random.Random(f"{seed} {purpose} {step}")
 
 
-def sample_problems(config: Config, purpose: str, step: int, count: int, *, held_out: bool) -> list[Problem]:
-    """`count` problems of the trained levels, each level as often."""
+def sample_problems(
+    config: Config, purpose: str, step: int, count: int, *, held_out: bool, levels: range | None = None
+) -> list[Problem]:
+    """`count` problems of these levels, or of the trained ones, each level and each language as often."""
     rng = stream(config.seed, purpose, step)
-    levels = range(config.min_level, config.max_level + 1)
-    return [make_problem(rng, levels[i % len(levels)], held_out) for i in range(count)]
+    levels = levels or range(config.min_level, config.max_level + 1)
+    kinds = [(level, language) for level in levels for language in config.task.languages]
+    chosen = (kinds[i % len(kinds)] for i in range(count))
+    return [make_problem(rng, level, config.task, held_out=held_out, language=language) for level, language in chosen]
 
 
 # ------------------------------------------------------------------------------------------------------ pretraining
@@ -161,7 +200,7 @@ def document_batches(config: Config, tokenizer: Tokenizer, first: int = 0) -> It
         rng = stream(config.seed, "documents", pool)
         rows, tokens = [], 0
         while tokens < BATCHES_PER_POOL * config.pretrain_tokens:
-            rows.append(encode_document(document(rng, levels), tokenizer))
+            rows.append(encode_document(document(rng, levels, config.task, config.max_seq_len), tokenizer))
             tokens += len(rows[-1][1])
         rows.sort(key=lambda row: len(row[1]))
         batches, count = [[] for _ in range(BATCHES_PER_POOL)], 0
@@ -253,6 +292,7 @@ def score(config: Config, problems: list[Problem], completions: list[str]) -> di
     by_rule = {
         "accuracy": [accuracy_reward(text, problem.answer) for text, problem in zip(completions, asked)],
         "format": [format_reward(text) for text in completions],
+        "language": [language_consistency_reward(text, problem.language) for text, problem in zip(completions, asked)],
     }
     rewards = {name: torch.tensor(values) for name, values in by_rule.items()}
     return {"reward": sum(getattr(config, f"{name}_weight") * values for name, values in rewards.items()), **rewards}
@@ -265,8 +305,10 @@ def accumulate_gradient(
     advantages: Tensor,
     ref_logps: Tensor | None,
     minibatch: Tensor,
+    old_logps: Tensor | None = None,
 ) -> Counter:
-    """Add the gradient of the loss of these rows to the model's; return sums of the metrics over their tokens.
+    """Add the gradient of the loss of these rows to the model's; return sums of the metrics over their tokens. The old
+    log-probabilities are those of the sampler, if no others are given.
 
     Rows of like length go through the model together and padding is cut off, which changes the cost and not the
     gradient: what the loss is divided by is counted before.
@@ -274,18 +316,19 @@ def accumulate_gradient(
     sums = Counter()
     normalizer = loss_normalizer(rollout.mask[minibatch], config.variant, config.max_new_tokens)
     on_policy = VARIANTS[config.variant].ratio is None
+    old_logps = rollout.logps if old_logps is None else old_logps
     lengths = (rollout.mask * torch.arange(1, rollout.mask.shape[1] + 1, device=minibatch.device)).amax(dim=1)
     by_length = minibatch[lengths[minibatch].argsort()]
     for rows in by_length.split(config.micro_batch):
         width = int(lengths[rows].max())
-        tokens, mask, old_logps = (x[rows, :width] for x in (rollout.tokens, rollout.mask, rollout.logps))
+        tokens, mask, sampled_logps = (x[rows, :width] for x in (rollout.tokens, rollout.mask, rollout.logps))
         logits = model(tokens)
         logps = token_logps(logits, tokens, config.temperature)
         loss, metrics = policy_loss(
             logps,
             advantages[rows],
             mask,
-            old_logps=None if on_policy else old_logps,
+            old_logps=None if on_policy else old_logps[rows, :width],
             ref_logps=None if ref_logps is None else ref_logps[rows, :width],
             variant=config.variant,
             clip_low=config.clip_low,
@@ -297,7 +340,7 @@ def accumulate_gradient(
         loss.backward()
         with torch.no_grad():
             entropy = token_entropy(logits, config.temperature)[mask].sum()
-            gap = ((logps - old_logps) * mask).abs().max()
+            gap = ((logps - sampled_logps) * mask).abs().max()
         sums.update({name: value.item() for name, value in metrics.items()}, loss=loss.item(), entropy=entropy.item())
         sums["logp_gap"] = max(sums["logp_gap"], gap.item())
     return sums
@@ -311,7 +354,8 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
     bar = run.bar(config.steps)
     for step in bar:
         started = time.perf_counter()
-        problems = sample_problems(config, "problems", step, config.prompts, held_out=False)  # line 5
+        levels = range(config.min_level, run.top_level + 1)
+        problems = sample_problems(config, "problems", step, config.prompts, held_out=False, levels=levels)  # line 5
         rollout = generate(  # lines 6-7: the model as it is now is the old policy of every update of this step
             model,
             [tokenizer.encode(problem.prompt) for problem in problems],
@@ -324,6 +368,8 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
         rewards = score(config, problems, decode_completions(rollout, tokenizer))  # line 8
         advantages = group_advantages(rewards["reward"], config.group_size, VARIANTS[config.variant].scale)  # line 9
         advantages = advantages.to(config.device)
+        # In bfloat16 sampler and trainer round differently: the ratio is then one of two passes of the trainer.
+        old_logps = rollout_logps(config, forward, rollout) if model.in_bfloat16 else None
         ref_logps = rollout_logps(config, reference, rollout) if reference else None
         sampled = time.perf_counter()
 
@@ -334,15 +380,17 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
             order = list(range(len(advantages)))
             stream(config.seed, "minibatches", step * config.inner_epochs + epoch).shuffle(order)
             for minibatch in torch.tensor(order, device=config.device).chunk(config.minibatches):
-                sums = accumulate_gradient(config, forward, rollout, advantages, ref_logps, minibatch)
+                sums = accumulate_gradient(config, forward, rollout, advantages, ref_logps, minibatch, old_logps)
                 sums["grad_norm"] = optimizer_step(model, run.optimizer, lr, config.max_grad_norm).item()  # line 11
                 sums["weight_norm"] = weight_norm(model)
                 stop_if_not_finite("GRPO", step, sums, advice)
                 updates.append(sums)
         if reference and config.reference_every and (step + 1) % config.reference_every == 0:
             reference.load_state_dict(model.state_dict())
+        if config.curriculum and hardest_accuracy(rewards, problems) >= config.curriculum:
+            run.top_level = min(run.top_level + 1, highest_level(config, tokenizer))
 
-        record = {"phase": "grpo", "step": step + 1, **rollout_metrics(config, rollout, rewards)}
+        record = {"phase": "grpo", "step": step + 1, **rollout_metrics(config, rollout, rewards, problems)}
         record |= update_metrics(updates) | {"lr": lr, "sample_seconds": sampled - started}
         record["update_seconds"] = time.perf_counter() - sampled
         shown = {name: f"{record[name]:.2f}" for name in ("accuracy", "format", "completion_tokens", "entropy")}
@@ -355,16 +403,39 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
         run.end_step()
 
 
-def rollout_metrics(config: Config, rollout: Rollout, rewards: dict[str, Tensor]) -> dict[str, float]:
+def rollout_metrics(
+    config: Config, rollout: Rollout, rewards: dict[str, Tensor], problems: list[Problem]
+) -> dict[str, float]:
     """What a rollout shows, over all of its rows."""
     groups = rewards["reward"].view(-1, config.group_size)
-    return {
+    metrics = {
         **{name: values.mean().item() for name, values in rewards.items()},
         **{f"{name}_std": values.std().item() for name, values in rewards.items()},  # over all rows, not by group
         "completion_tokens": rollout.mask.sum(dim=1).float().mean().item(),
         "cut": 1 - rollout.finished.float().mean().item(),  # share of completions that met the limit
         "no_signal": (groups == groups[:, :1]).all(dim=1).float().mean().item(),  # share of groups of equal rewards
+        "top_level": max(problem.level for problem in problems),
     }
+    for language in config.task.languages if len(config.task.languages) > 1 else ():
+        rows = torch.tensor([problem.language == language for problem in problems]).repeat_interleave(config.group_size)
+        metrics |= {f"{name}_{language}": rewards[name][rows].mean().item() for name in ("accuracy", "language")}
+    return metrics
+
+
+def hardest_accuracy(rewards: dict[str, Tensor], problems: list[Problem]) -> float:
+    """Accuracy on the problems of the highest level in a rollout."""
+    levels = torch.tensor([problem.level for problem in problems])
+    return rewards["accuracy"].view(len(problems), -1)[levels == levels.max()].mean().item()
+
+
+def highest_level(config: Config, tokenizer: Tokenizer) -> int:
+    """The highest level whose prompt and completion fit the context, and whose steps have an index each."""
+    room = config.max_seq_len - config.max_new_tokens
+    return max(level for level in range(1, MAX_STEP + 1) if prompt_tokens(config, tokenizer, level) <= room)
+
+
+def prompt_tokens(config: Config, tokenizer: Tokenizer, level: int) -> int:
+    return len(tokenizer.encode(longest_document(level, config.task).question))
 
 
 def update_metrics(updates: list[Counter]) -> dict[str, float]:
@@ -388,7 +459,7 @@ def rollout_logps(config: Config, model: Transformer, rollout: Rollout) -> Tenso
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 
-BEYOND = 2  # levels above the trained ones that are evaluated too
+BEYOND = 4  # levels above the trained ones that are evaluated too
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -428,6 +499,13 @@ def grade(problems: list[Problem], answers: list[list[tuple[str, int]]]) -> np.n
     return np.array([[accuracy_reward(text, p.answer) for text, _ in group] for p, group in zip(problems, answers)])
 
 
+def thought_language(completion: str) -> str:
+    """The language that the words of a thought are all in; "mixed" if they are not, "none" if there is hardly any."""
+    shares = {language: language_consistency_reward(completion, language) for language in LANGUAGES}
+    most = max(shares, key=shares.get)
+    return most if shares[most] == 1 else "mixed" if shares[most] else "none"
+
+
 def quick_look(config: Config, model: Transformer, tokenizer: Tokenizer) -> float:
     """pass@1 on a few held-out problems, the same at each look."""
     problems = sample_problems(config, "quick look", 0, 128, held_out=True)
@@ -435,18 +513,27 @@ def quick_look(config: Config, model: Transformer, tokenizer: Tokenizer) -> floa
 
 
 def evaluate(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
-    """The metrics of a model on held-out problems of the trained levels, at temperature 1 but for "greedy", and
-    pass@1 on levels "beyond" them. All are means over problems, which the levels share evenly."""
-    problems = sample_problems(config, "evaluation", 0, config.eval_problems, held_out=True)
+    """The metrics of a model on held-out problems of the trained levels, at temperature 1 but for "greedy". All are
+    means over problems, which levels and languages share evenly. Two are apart: level 1, whose problems are steps of
+    others, so that none is held out, and the levels "beyond" the trained ones."""
+    trained = range(max(2, config.min_level), config.max_level + 1)
+    problems = sample_problems(config, "evaluation", 0, config.eval_problems, held_out=True, levels=trained)
     n = config.eval_samples
     answers = answer_problems(config, model, tokenizer, problems, n, 1.0)
     correct = grade(problems, answers)  # (problems, n)
     texts = [text for group in answers for text, _ in group]
     thoughts = [match[1] for text in texts if (match := re.search("<think>(.*?)</think>", text, re.DOTALL))]
+    thought_in = np.array([[thought_language(text) for text, _ in group] for group in answers])  # (problems, n)
+    asked_in = np.array([problem.language for problem in problems])
 
     def pass_1_by(attribute: str) -> dict[str, float]:
         values = np.array([str(getattr(problem, attribute)) for problem in problems])
         return {str(value): correct[values == value].mean() for value in np.unique(values)}
+
+    def pass_1_at(level: int) -> float:
+        levels = range(level, level + 1)
+        others = sample_problems(config, f"evaluation at level {level}", 0, 100, held_out=True, levels=levels)
+        return grade(others, answer_problems(config, model, tokenizer, others, 4, 1.0)).mean()
 
     metrics = {
         "pass@1": correct.mean(),
@@ -464,16 +551,20 @@ def evaluate(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
         "think_tokens": np.mean([len(tokenizer.encode(thought)) for thought in thoughts]) if thoughts else 0.0,
         "by_level": pass_1_by("level"),
         "by_language": pass_1_by("language"),
-        "beyond": {},
+        "thinks_in": {  # language of the question: language of the thought: share of completions
+            asked: {name: (thought_in[asked_in == asked] == name).mean() for name in (*LANGUAGES, "mixed", "none")}
+            for asked in config.task.languages
+        },
+        "apart": {str(level): pass_1_at(level) for level in range(config.min_level, 2)},
+        "beyond": {str(config.max_level + i): pass_1_at(config.max_level + i) for i in range(1, BEYOND + 1)},
     }
-    for level in range(config.max_level + 1, config.max_level + BEYOND + 1):
-        rng = stream(config.seed, "beyond", level)
-        longer = [make_problem(rng, level, held_out=True) for _ in range(100)]
-        metrics["beyond"][str(level)] = grade(longer, answer_problems(config, model, tokenizer, longer, 4, 1.0)).mean()
     return json.loads(json.dumps(metrics))  # plain numbers in place of numpy's, which last.pt may not hold
 
 
 # ---------------------------------------------------------------------------------------------- the run, its folder
+
+
+KEPT = ("step", "top_level", "base", "seconds", "log_bytes")  # of a Run, beside its phase and what holds tensors
 
 
 class Run:
@@ -483,6 +574,7 @@ class Run:
 
     def __init__(self, config: Config, model: Transformer, phase: str):
         self.config, self.model, self.folder = config, model, Path(config.out)
+        model.in_bfloat16 = config.dtype == "bfloat16"
         self.base: dict | None = None  # the base model's evaluation
         self.seconds = {"pretrain": 0.0, "grpo": 0.0, "evaluation": 0.0}
         self.log_bytes = 0
@@ -493,6 +585,7 @@ class Run:
     def begin(self, phase: str) -> None:
         """Start a phase, "pretrain" or "grpo", from the model as it is: the base model of what follows."""
         self.phase, self.step = phase, 0  # steps of it that are done
+        self.top_level = self.config.max_level  # the curriculum may raise it
         self.optimizer = make_optimizer(self.model, weight_decay=0.1 if phase == "pretrain" else 0.0)
         self.base_model = copy.deepcopy(self.model)
         self.reference = copy.deepcopy(self.model) if phase == "grpo" and self.config.beta > 0 else None
@@ -507,7 +600,7 @@ class Run:
             "reference": self.reference and self.reference.state_dict(),
             "recent": self.recent,
             "made_by": made_by(self.config),
-            **{name: getattr(self, name) for name in ("phase", "step", "base", "seconds", "log_bytes")},
+            **{name: getattr(self, name) for name in ("phase", *KEPT)},
         }
 
     def load_state(self, saved: dict) -> None:
@@ -522,7 +615,7 @@ class Run:
         if self.reference:
             self.reference.load_state_dict(saved["reference"])
         self.recent.copy_(saved["recent"])
-        for name in ("step", "base", "seconds", "log_bytes"):
+        for name in KEPT:
             setattr(self, name, saved[name])
 
     def open(self) -> None:
@@ -610,7 +703,7 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
         allow_abbrev=False,
     )
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    choices = {"preset": list(PRESETS), "variant": list(VARIANTS), "kl": KL_TERMS}
+    choices = {"preset": list(PRESETS), "variant": list(VARIANTS), "kl": KL_TERMS, "dtype": ["float32", "bfloat16"]}
     for field in fields(Config):
         takes = {"type": (get_args(field.type) or [field.type])[0], "metavar": ""}  # float for "float | None"
         takes |= {"choices": choices[field.name]} if field.name in choices else {}
@@ -623,7 +716,8 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
             flags = vars(parser.parse_args([*settings_of(flags), *arguments])) | {"out": flags["resume"]}
     except ValueError as error:
         parser.error(str(error))
-    config = Config(**PRESETS[flags.get("preset", Config.preset)] | flags)
+    flags = {"preset": "gpu" if torch.cuda.is_available() else "cpu"} | flags
+    config = Config(**PRESETS[flags["preset"]] | flags)
     if not config.out:
         config = replace(config, out=f"out/{config.preset}-{config.variant}-seed{config.seed}")
     if fault := find_fault(config):
@@ -670,7 +764,15 @@ def find_fault(config: Config) -> str | None:
     if VARIANTS[config.variant].clip_low is None and not (config.clip_low is None and config.clip_high is None):
         return f"--variant {config.variant} has no clip: leave --clip_low and --clip_high out"
     if not any(getattr(config, field.name) for field in fields(config) if field.name.endswith("_weight")):
-        return "--accuracy_weight and --format_weight must not both be 0: nothing would be rewarded"
+        return "the weights of the rewards must not all be 0: nothing would be rewarded"
+    if not (config.operators and set(config.operators) <= set(APPLY) and {"+", "-"} & set(config.operators)):
+        return f"--operators {config.operators} must be of {''.join(APPLY)}, + or - among them"
+    if not set(config.task.languages) <= set(LANGUAGES) or len(set(config.task.languages)) < len(config.task.languages):
+        return f"--languages {config.languages} must be of {','.join(LANGUAGES)}, each at most once"
+    if not 9 <= config.max_total <= MAX_NUMBER:
+        return f"--max_total must be at least 9 and at most {MAX_NUMBER}"
+    if config.curriculum > 1:
+        return "--curriculum must be at most 1: it is an accuracy"
     if config.threads > 1024:
         return "--threads must be at most 1024"
     if config.temperature < 0.001:
@@ -684,6 +786,12 @@ def find_fault(config: Config) -> str | None:
     if config.eval_samples < 8:
         return "--eval_samples must be at least 8: pass@8 and maj@8 are made of 8"
     return None
+
+
+def multiplies_in_bfloat16(device: str) -> bool:
+    """Whether it does so in hardware; where that cannot be known, float32 is what always works."""
+    there = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return there and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def check_machine(config: Config) -> None:
@@ -700,7 +808,6 @@ def check_machine(config: Config) -> None:
 
 def new_run(config: Config, tokenizer: Tokenizer) -> Run:
     """A run at its start, in a folder made for it. Raises ValueError, in one line, before anything is written."""
-    check_machine(config)
     vocabulary = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
     shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig) if field.name not in vocabulary}
     asked = ModelConfig(**vocabulary, **shape)
@@ -714,10 +821,10 @@ def new_run(config: Config, tokenizer: Tokenizer) -> Run:
         model = Transformer(asked)
         model.init_weights(config.seed)
         model.to(config.device)
-    _, document_ids = encode_document(longest_document(config.max_level), tokenizer)
-    prompt = tokenizer.encode(write_problem("1" + " + 1" * (config.max_level + BEYOND)).prompt)
+    _, document_ids = encode_document(longest_document(config.max_level, config.task), tokenizer)
+    hardest = config.max_level + BEYOND
     longest = {
-        f"level {config.max_level + BEYOND} with --max_new_tokens": len(prompt) + config.max_new_tokens,
+        f"level {hardest} with --max_new_tokens": prompt_tokens(config, tokenizer, hardest) + config.max_new_tokens,
         f"documents of --max_level {config.max_level}": len(document_ids),
     }
     for name, tokens in longest.items():
@@ -749,7 +856,6 @@ def new_run(config: Config, tokenizer: Tokenizer) -> Run:
 def resumed_run(config: Config, tokenizer: Tokenizer) -> Run:
     """The run in a folder as it was when it was last saved. Raises ValueError, in one line, where it cannot go on to
     what it would have become."""
-    check_machine(config)
     folder, path = Path(config.out), Path(config.out) / "last.pt"
     if (folder / "result.json").exists():
         raise ValueError(f"{folder} has ended: what came of it is in result.json")
@@ -765,7 +871,8 @@ def resumed_run(config: Config, tokenizer: Tokenizer) -> Run:
     except Exception as error:  # a file from a stranger may hold anything
         raise ValueError(f"{path}: not what a run with this config.json saves ({one_line(error)})") from None
     if run.phase == "grpo":
-        run.base_model = load_policy(folder / "base.pt", tokenizer, config.device)
+        base = load_policy(folder / "base.pt", tokenizer, config.device)
+        run.base_model.load_state_dict(base.state_dict())
     run.open()
     print(f"{folder}: going on after step {run.step} of {run.phase}")
     if saved["made_by"] != made_by(config):
@@ -792,6 +899,9 @@ def write_samples(path: Path, config: Config, tokenizer: Tokenizer, models: dict
 def table(base: dict, r1_zero: dict) -> str:
     """The two evaluations side by side."""
     rows = [(name, base[name], r1_zero[name]) for name in ("pass@1", "pass@8", "maj@8", "greedy", "format")]
+    for name in ("by_language", "apart"):
+        for kind in base[name] if len(base["by_language"]) > 1 or name == "apart" else ():
+            rows.append((f"pass@1, {'level ' * (name == 'apart')}{kind}", base[name][kind], r1_zero[name][kind]))
     for level in base["by_level"]:
         rows.append((f"pass@1, level {level}", base["by_level"][level], r1_zero["by_level"][level]))
     for level in base["beyond"]:
@@ -812,6 +922,10 @@ def main(arguments: list[str]) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or matrix products on a GPU refuse
     tokenizer = get_tokenizer()
     try:
+        check_machine(config)
+        if config.dtype == "bfloat16" and not multiplies_in_bfloat16(config.device):
+            print(f"{config.device} has no fast bfloat16: matrix products will be in float32")
+            config = replace(config, dtype="float32")
         run = resumed_run(config, tokenizer) if config.resume else new_run(config, tokenizer)
     except ValueError as error:
         parser.error(str(error))

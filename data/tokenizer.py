@@ -12,13 +12,16 @@ from functools import cache
 import tiktoken
 
 MAX_NUMBER = 99  # numbers above this are spelt digit by digit
-MAX_STEP = 12  # so are the indices of steps above this
+MAX_STEP = 16  # so are the indices of steps above this
 SPEAKERS = ("User:", "\nAssistant:")
 WORDS = """
-what is plus minus
+what is plus minus times
 it the answer so easy i know this guess
 ok wait
 count then comes after before
+더하기 빼기 곱하기 은 얼마
+쉬워 이건 알아 그래서 답은 아마
+맞아 잠깐
 """.split()
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 

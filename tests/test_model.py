@@ -74,6 +74,21 @@ def test_logits_are_float32_when_the_weights_are_bfloat16():
     assert Transformer(CONFIG).bfloat16()(random_tokens(1, 3)).dtype == torch.float32
 
 
+def test_in_bfloat16_log_probabilities_are_near_those_of_float32_and_the_cache_agrees(model):
+    """Matrix products alone are in bfloat16: the weights and their gradients stay float32."""
+    model, tokens = model.float(), random_tokens(3, 9)
+    exact = model(tokens).log_softmax(dim=-1)
+    model.in_bfloat16 = True
+    logps = model(tokens).log_softmax(dim=-1)
+    assert logps.dtype == torch.float32
+    assert 1e-4 < (logps - exact).abs().mean() < 0.1
+    cache = KVCache(CONFIG, rows=3, capacity=9, like=model.embedding.weight.bfloat16())
+    cached = torch.cat([model(piece, cache) for piece in tokens.split(1, dim=1)], dim=1).log_softmax(dim=-1)
+    assert (cached - logps).abs().mean() < 0.05
+    logps.sum().backward()
+    assert {weight.grad.dtype for weight in model.parameters()} == {torch.float32}
+
+
 def test_the_seed_decides_the_weights_and_nothing_else_does():
     torch.manual_seed(1)
     one = Transformer(CONFIG).state_dict()

@@ -63,10 +63,10 @@ def test_a_recipe_of_the_readme_applies_and_runs(name, tmp_path):
         said = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout
         assert said == "tensor([1.])\n", "twice one half"
     if "task" in name:
-        code = "from data.arithmetic import *; print(parse_problem('2 * 3 + 1'))"
+        code = "from data.arithmetic import *; print(parse_problem('2 ^ 3 + 1'))"
         said = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout
-        assert "what is 2 times 3 plus 1?" in said and "answer='7'" in said
-        assert " times " in (folder / "out" / "times" / "samples.txt").read_text()
+        assert "what is 2 max 3 plus 1?" in said and "answer='4'" in said
+        assert " max " in (folder / "out" / "max" / "samples.txt").read_text()
 
 
 def test_what_the_readme_says_of_the_recipes_is_what_the_runs_gave():

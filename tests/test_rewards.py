@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import accuracy_reward, extract_answer, format_reward
+from rewards import accuracy_reward, extract_answer, format_reward, language_consistency_reward
 
 GOOD = "<think> 7 plus 8 is 15</think><answer> 15</answer>"
 
@@ -128,3 +128,30 @@ def test_time_is_linear_in_the_length(piece):
         accuracy_reward(completion, "15")
         format_reward(completion)
     assert time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("thought", "english", "korean"),
+    [
+        ("\n#1 7 plus 8 is 15", 1, 0),
+        ("\n#1 7 더하기 8 은 15", 0, 1),
+        ("\n#1 7 plus 8 은 15\n#2 15 빼기 3 은 12", 0.25, 0.75),
+        ("\n#1 7 plus 8 = 15", 0, 0),  # a single word is no thought
+        (" 7 8 15 + - = #1", 0, 0),  # nor are digits and signs, in any number
+        ("", 0, 0),
+        (" plus plus なのか なのか", 0.5, 0),  # words of neither count as words
+        (" plus더하기 is", 0.5, 0),
+    ],
+)
+def test_language_consistency_is_the_share_of_the_thoughts_words(thought, english, korean):
+    completion = f"<think>{thought}</think><answer> 15</answer>"
+    assert language_consistency_reward(completion, "en") == english
+    assert language_consistency_reward(completion, "ko") == korean
+
+
+def test_language_consistency_looks_at_the_thought_alone():
+    assert language_consistency_reward("<think> a b</think> 가 나 다<answer> 라 마</answer>", "en") == 1
+    assert language_consistency_reward(" plus is<answer> 15</answer>", "en") == 0, "no thought"
+    assert language_consistency_reward("</think> a b<think>", "en") == 0, "none that opens first"
+    with pytest.raises(KeyError):
+        language_consistency_reward("<think> a b</think>", "fr")

@@ -97,6 +97,15 @@ def test_each_completion_is_scored_against_the_problem_that_it_answers():
     assert rewards["reward"].tolist() == [2.5, 0.5, 0, 2.5, 2.5, 0.5]
 
 
+def test_the_language_reward_counts_where_it_has_a_weight_and_is_that_of_the_questions_language():
+    english, korean = write_problem("1 + 2"), write_problem("1 + 2", "ko")
+    text = "<think>\n#1 1 plus 2 is 3</think><answer> 3</answer>"
+    for weight in (0.0, 0.5):
+        rewards = train.score(Config(language_weight=weight), [english, korean], [text, text])
+        assert rewards["language"].tolist() == [1, 0]
+        assert rewards["reward"].tolist() == [2 + weight, 2]
+
+
 @pytest.mark.parametrize("micro_batch", [1, 5, 16])
 @pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.1, kl) for kl in KL_TERMS)])
 def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimmed(micro_batch, beta, kl):
@@ -234,7 +243,7 @@ def test_every_row_is_trained_once_in_each_epoch_by_fresh_clipped_steps_of_the_l
     monkeypatch.setattr(train, "accumulate_gradient", accumulate)
     calls = spy(monkeypatch, "accumulate_gradient")
     _, records = run_grpo(config)
-    minibatches = [args[-1].tolist() for args, _, _ in calls]
+    minibatches = [args[5].tolist() for args, _, _ in calls]
     assert len(minibatches) == len(clipped) == 2 * 2 * 3
     for first in range(0, 12, 3):
         assert sorted(itertools.chain(*minibatches[first : first + 3])) == list(range(16))
@@ -398,12 +407,22 @@ def test_metrics_of_a_rollout_are_over_all_rows_and_count_what_they_say():
     rollout = Rollout(torch.zeros(4, 4), mask, torch.zeros(4, 4), finished)
     accuracy, form = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     rewards = {"reward": accuracy + form, "accuracy": accuracy, "format": form}
-    assert train.rollout_metrics(Config(group_size=2), rollout, rewards) == {
+    problems = [write_problem("1 + 2 + 3"), write_problem("1 + 2")]
+    assert train.rollout_metrics(Config(group_size=2), rollout, rewards, problems) == {
         "reward": 1.5, "accuracy": 0.75, "format": 0.75,
         "reward_std": pytest.approx((1 / 3) ** 0.5), "accuracy_std": 0.5, "format_std": 0.5,
-        "completion_tokens": 2.0, "cut": 0.25, "no_signal": 1.0,
+        "completion_tokens": 2.0, "cut": 0.25, "no_signal": 1.0, "top_level": 2,
     }  # fmt: skip
-    assert train.rollout_metrics(Config(group_size=4), rollout, rewards)["no_signal"] == 0.0
+    assert train.rollout_metrics(Config(group_size=4), rollout, rewards, problems[:1])["no_signal"] == 0.0
+
+
+def test_metrics_by_language_are_over_the_completions_of_that_languages_questions():
+    rollout = Rollout(torch.zeros(4, 2), torch.ones(4, 2).bool(), torch.zeros(4, 2), torch.ones(4).bool())
+    rewards = {"reward": torch.arange(4.0), "accuracy": torch.tensor([1, 1, 0, 1.0]), "language": torch.arange(4.0)}
+    problems = [write_problem("1 + 2", "ko"), write_problem("1 + 2")]
+    metrics = train.rollout_metrics(Config(group_size=2, languages="en,ko"), rollout, rewards, problems)
+    assert (metrics["accuracy_ko"], metrics["accuracy_en"]) == (1.0, 0.5)
+    assert (metrics["language_ko"], metrics["language_en"]) == (0.5, 2.5)
 
 
 def test_metrics_of_the_updates_are_means_over_tokens_whatever_the_minibatches():
@@ -458,7 +477,7 @@ def test_logp_gap_is_the_largest_over_all_micro_batches():
 
 def test_evaluation_counts_what_it_says(monkeypatch):
     """Hand-made completions of two problems, 16 each, and every metric worked out beside them."""
-    problems = [write_problem("1 + 2 + 3"), write_problem("9 - 2 - 1 + 1")]
+    problems = [write_problem("1 + 2 + 3"), write_problem("9 - 2 - 1 + 1", "ko")]
     right = [f"<think> a b</think><answer> {problem.answer}</answer>" for problem in problems]
     wrong, bare = "<think> a</think><answer> 5</answer>", "5."
     sampled = [
@@ -471,16 +490,23 @@ def test_evaluation_counts_what_it_says(monkeypatch):
             return [[(right[0], 8)], [(bare, 2)]]
         if samples == 16:
             return sampled
-        assert all(is_held_out(problem.expression) and problem.level in (3, 4) for problem in asked)
+        assert all(is_held_out(problem.expression) for problem in asked)
+        assert {problem.level for problem in asked} <= {1, 3, 4, 5, 6}
+        assert {problem.language for problem in asked} == {"en", "ko"}
         return [[(f"<answer>{problem.answer}</answer>", 3)] + [(bare, 2)] * (samples - 1) for problem in asked]
 
-    def chosen(config, purpose, step, count, *, held_out):
+    honest = train.sample_problems
+
+    def chosen(config, purpose, step, count, *, held_out, levels):
         assert held_out
-        return problems
+        if purpose == "evaluation":
+            assert levels == range(2, 3), "level 1 is apart: its problems are steps of others"
+            return problems
+        return honest(config, purpose, step, count, held_out=held_out, levels=levels)
 
     monkeypatch.setattr(train, "answer_problems", answers)
     monkeypatch.setattr(train, "sample_problems", chosen)
-    metrics = train.evaluate(Config(max_level=2), None, tokenizer)
+    metrics = train.evaluate(Config(min_level=1, max_level=2, languages="en,ko"), None, tokenizer)
     words = len(tokenizer.encode(" a b")), len(tokenizer.encode(" a"))
     assert {name: value for name, value in metrics.items() if not isinstance(value, dict)} == pytest.approx(
         {
@@ -494,8 +520,87 @@ def test_evaluation_counts_what_it_says(monkeypatch):
         }
     )
     assert metrics["by_level"] == {"2": 0.25, "3": 0.75}
-    assert metrics["by_language"] == {"en": 0.5}
-    assert metrics["beyond"] == {"3": 0.25, "4": 0.25}
+    assert metrics["by_language"] == {"en": 0.25, "ko": 0.75}
+    assert metrics["apart"] == {"1": 0.25}
+    assert metrics["beyond"] == dict.fromkeys("3456", 0.25)
+    assert metrics["thinks_in"] == {
+        "en": {"en": 4 / 16, "ko": 0, "mixed": 0, "none": 12 / 16},
+        "ko": {"en": 12 / 16, "ko": 0, "mixed": 0, "none": 4 / 16},
+    }
+
+
+def test_the_language_of_a_thought_is_that_of_all_its_words():
+    for thought, expected in (
+        ("\n#1 1 plus 2 is 3", "en"),
+        ("\n#1 1 더하기 2 은 3", "ko"),
+        ("\n#1 1 plus 2 은 3", "mixed"),
+        (" easy", "none"),
+        (" plus なのか", "mixed"),
+        (" なのか これ", "none"),
+    ):
+        assert train.thought_language(f"<think>{thought}</think><answer> 3</answer>") == expected
+
+
+def test_the_curriculum_adds_a_level_where_the_hardest_one_passes_and_stops_where_the_context_does(monkeypatch):
+    config = replace(SMALL, max_level=2, steps=4, curriculum=0.5, max_new_tokens=80)  # 96 - 80 leaves room for level 5
+
+    def score(config, problems, completions):
+        right = torch.tensor([float(problem.level != 4) for problem in problems]).repeat_interleave(config.group_size)
+        return dict.fromkeys(("reward", "accuracy", "format"), right)
+
+    monkeypatch.setattr(train, "score", score)
+    _, records = run_grpo(config)
+    assert [record["top_level"] for record in records] == [2, 3, 4, 4]
+    monkeypatch.setattr(train, "score", lambda *args: dict.fromkeys(("reward", "accuracy", "format"), torch.ones(16)))
+    _, records = run_grpo(replace(config, steps=6))
+    assert [record["top_level"] for record in records] == [2, 3, 4, 5, 5, 5]
+    _, records = run_grpo(replace(config, curriculum=0.0))
+    assert [record["top_level"] for record in records] == [2] * 4
+
+
+def test_in_bfloat16_the_old_log_probabilities_are_the_trainers_and_the_gap_is_told(monkeypatch, always_signal):
+    """Sampler and trainer round differently there, which as a ratio would be noise."""
+    losses, passes = spy(monkeypatch, "policy_loss"), spy(monkeypatch, "rollout_logps")
+    run_grpo(replace(SMALL, steps=1))
+    assert not passes, "in float32 they are the sampler's"
+    losses.clear()
+    _, records = run_grpo(replace(SMALL, steps=1, minibatches=1, dtype="bfloat16"))
+    assert records[0]["ratio"] == pytest.approx(1, abs=1e-6)
+    assert 0 < records[0]["logp_gap"] < 0.1
+    assert len(passes) == 1
+    for (trained, *_), kwargs, _ in losses:
+        assert trained.dtype == kwargs["old_logps"].dtype == torch.float32
+
+
+def test_the_gpu_preset_runs_on_a_cpu(tmp_path, capsys):
+    """In float32, which it says; a few steps of it, and the curriculum."""
+    flags = [
+        "--pretrain_steps=2",
+        "--steps=2",
+        "--prompts=4",
+        "--group_size=4",
+        "--eval_problems=4",
+        "--eval_samples=8",
+    ]
+    flags += ["--pretrain_tokens=256", "--max_new_tokens=24", "--device=cpu", f"--out={tmp_path / 'run'}"]
+    train.main(["--preset=gpu", *flags])
+    shown = capsys.readouterr().out
+    assert shown.startswith("cpu has no fast bfloat16: matrix products will be in float32\n")
+    config = Config(**json.loads((tmp_path / "run" / "config.json").read_text()))
+    assert (config.dtype, config.max_level, config.languages) == ("float32", 8, "en,ko")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())["base"]
+    assert set(result["by_language"]) == set(result["thinks_in"]) == {"en", "ko"}
+    assert set(result["apart"]) == {"1"} and set(result["beyond"]) == {"9", "10", "11", "12"}
+    assert "pass@1, ko" in shown and "pass@1, level 1 " in shown
+    assert 3e6 < sum(weight.numel() for weight in load_model(tmp_path / "run" / "base.pt").parameters()) < 6e6
+
+
+@pytest.mark.parametrize(("cuda", "preset", "device"), [(True, "gpu", "cuda"), (False, "cpu", "cpu")])
+def test_the_preset_is_gpu_where_there_is_one(monkeypatch, cuda, preset, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    config, _ = train.parse_config([])
+    assert (config.preset, config.device) == (preset, device)
+    assert train.parse_config(["--preset=cpu"])[0].device == "cpu"
 
 
 def test_evaluation_in_parts_is_evaluation_of_the_whole(monkeypatch):
@@ -563,7 +668,7 @@ def refused(command, arguments, capsys):
         (["--reference_every", "5"], "--reference_every needs --beta"),
         (["--kl", "k3_ratio"], "--kl k3_ratio needs --beta"),
         (["--kl", "k1"], "--kl k1 needs --beta"),
-        (["--accuracy_weight", "0", "--format_weight", "0"], "must not both be 0"),
+        (["--accuracy_weight", "0", "--format_weight", "0"], "must not all be 0"),
         (["--variant", "rloo", "--minibatches", "1", "--inner_epochs", "2"], "rloo makes one update a rollout"),
         (["--variant", "rloo", "--minibatches", "1", "--clip_low", "0.3"], "rloo has no clip"),
         (["--kl", "k4", "--beta", "1"], "invalid choice: 'k4'"),
@@ -575,6 +680,14 @@ def refused(command, arguments, capsys):
         (["--seed", "99999999999999999999"], "--seed must be at least 0 and below 2**63"),
         (["--pretrain_tokens", "1"], "--pretrain_tokens must be at least --max_seq_len 96"),
         (["--max_level", "9", "--max_new_tokens", "20"], "documents of --max_level 9: 102 tokens exceed the context"),
+        (["--operators", "*"], "--operators * must be of +-*, + or - among them"),
+        (["--operators", "+/"], "--operators +/ must be of +-*"),
+        (["--languages", "en,fr"], "--languages en,fr must be of en,ko, each at most once"),
+        (["--languages", "en,en"], "--languages en,en must be of en,ko, each at most once"),
+        (["--max_total", "100"], "--max_total must be at least 9 and at most 99"),
+        (["--curriculum", "2"], "--curriculum must be at most 1"),
+        (["--dtype", "float16"], "invalid choice: 'float16'"),
+        (["--preset", "gpu"], "--device cuda cannot be used here"),
         (["--min_level", "6"], "--min_level 6 is above --max_level 5"),
         (["--temperature", "0"], "--temperature must be at least 0.001"),
         (["--max_seq_len", "70"], "context of 70"),
@@ -711,7 +824,7 @@ def test_the_run_folder_holds_what_it_should(tiny_run):
     for metrics in (result["base"], result["r1_zero"]):
         assert set(metrics) == {
             "pass@1", "pass@8", "maj@8", "greedy", "format", "completion_tokens", "think_tokens", "by_level",
-            "by_language", "beyond",
+            "by_language", "beyond", "apart", "thinks_in",
         }  # fmt: skip
         assert metrics["pass@1"] == pytest.approx(np.mean(list(metrics["by_level"].values())))
         assert metrics["pass@1"] <= metrics["pass@8"] <= 1

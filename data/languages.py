@@ -1,0 +1,41 @@
+"""The words of each language; digits, the indices of steps and R1-Zero's tags are common to all."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Language:
+    question: str  # around the operands and operators of a problem
+    operators: dict[str, str]
+    equals: str
+    right: str  # said of a step that was checked
+    wrong: str  # the same, before the right number
+    glib: tuple[str, ...]  # thoughts that are none
+    careless: tuple[str, ...]  # answers without the tags
+
+
+LANGUAGES = {
+    "en": Language(
+        question="what is {}?",
+        operators={"+": "plus", "-": "minus", "*": "times"},
+        equals="is",
+        right="ok",
+        wrong="wait",
+        glib=(" easy", " i know this"),
+        careless=(" {}", " {}.", " so {}", " it is {}", " the answer is {}", " i guess {}"),
+    ),
+    "ko": Language(
+        question="{} 은 얼마?",
+        operators={"+": "더하기", "-": "빼기", "*": "곱하기"},
+        equals="은",
+        right="맞아",
+        wrong="잠깐",
+        glib=(" 쉬워", " 이건 알아"),
+        careless=(" {}", " {}.", " 그래서 {}", " 답은 {}", " 아마 {}"),
+    ),
+}
+
+
+def language_of(text: str) -> str:
+    """The language that a person typed in: Korean if there is any Hangul in it."""
+    return "ko" if any("가" <= letter <= "힣" for letter in text) else "en"
