@@ -218,7 +218,7 @@ def load_tensors(path: str | Path, device: str = "cpu") -> dict:
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: holds more than tensors and plain data, and so might run code") from None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder, not a model file such as {path}/base.pt") from None

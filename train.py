@@ -10,6 +10,7 @@ Read from top to bottom: configuration, randomness, pretraining, GRPO, evaluatio
 """
 
 import argparse
+import contextlib
 import copy
 import inspect
 import json
@@ -17,6 +18,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -265,7 +267,7 @@ def pretrain(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
     model, recent = run.model, run.recent
     forward = compiled(config, model)
     batches = document_batches(config, tokenizer, run.step)
-    bar = run.bar(config.pretrain_steps)
+    bar = run.bar()
     for step in bar:
         tokens, mask = (x.to(config.device) for x in next(batches))
         loss = -token_logps(forward(tokens), tokens)[mask].mean()
@@ -351,7 +353,7 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
     Its two outer loops are one here: the reference is refreshed every so many steps of the same count."""
     model, reference = run.model, run.reference  # line 3: the reference is the base model
     forward = compiled(config, model)
-    bar = run.bar(config.steps)
+    bar = run.bar()
     for step in bar:
         started = time.perf_counter()
         levels = range(config.min_level, run.top_level + 1)
@@ -564,9 +566,6 @@ def evaluate(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
 # ---------------------------------------------------------------------------------------------- the run, its folder
 
 
-KEPT = ("step", "top_level", "base", "seconds", "log_bytes")  # of a Run, beside its phase and what holds tensors
-
-
 class Run:
     """All of a run that changes while it goes on. `last.pt` holds it, so that a run which was stopped anywhere, any
     number of times, ends with the weights and the log of one that never was, to the bit. Randomness has no state (see
@@ -583,70 +582,86 @@ class Run:
         self.begin(phase)
 
     def begin(self, phase: str) -> None:
-        """Start a phase, "pretrain" or "grpo", from the model as it is: the base model of what follows."""
+        """Start a phase, "pretrain" or "grpo", from the model as it is."""
         self.phase, self.step = phase, 0  # steps of it that are done
+        self.steps = {"pretrain": self.config.pretrain_steps, "grpo": self.config.steps}[phase]
         self.top_level = self.config.max_level  # the curriculum may raise it
         self.optimizer = make_optimizer(self.model, weight_decay=0.1 if phase == "pretrain" else 0.0)
-        self.base_model = copy.deepcopy(self.model)
+        self.base_model = copy.deepcopy(self.model) if phase == "grpo" else None
         self.reference = copy.deepcopy(self.model) if phase == "grpo" and self.config.beta > 0 else None
         self.recent = torch.zeros(2, LOG_EVERY, device=self.config.device)  # of pretraining: not yet in the log
 
     def state(self) -> dict:
         """Tensors and plain data; `load_model` can read a file of it too."""
+        numbers = ("phase", "step", "top_level", "base", "seconds", "log_bytes")
         return {
             "config": asdict(self.model.config),
             "weights": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
             "reference": self.reference and self.reference.state_dict(),
             "recent": self.recent,
+            "settings": asdict(self.config),
             "made_by": made_by(self.config),
-            **{name: getattr(self, name) for name in ("phase", *KEPT)},
+            **{name: getattr(self, name) for name in numbers},
         }
 
     def load_state(self, saved: dict) -> None:
         """Raises whatever it meets where `saved` is not what `state` gives for a run of this configuration."""
+        ranges = {"step": (0, self.steps), "top_level": (self.config.max_level, MAX_STEP), "log_bytes": (0, math.inf)}
+        for name, (low, high) in ranges.items():
+            if type(saved[name]) is not int or not low <= saved[name] <= high:
+                raise ValueError(f"{name} is {saved[name]!r}")
+            setattr(self, name, saved[name])
+        self.seconds = {name: float(saved["seconds"][name]) for name in self.seconds}
+        self.base = saved["base"]
+        if self.base is not None:
+            table(self.base, self.base)  # which the end of the run will need
+
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        shapes = [{"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape} for weight in weights]
+        moments = {i: {name: x.contiguous() for name, x in kept.items()} for i, kept in saved["optimizer"].items()}
+        found = {i: {name: x.shape for name, x in kept.items()} for i, kept in moments.items()}
+        if found != (dict(enumerate(shapes)) if self.step else {}):  # load_state_dict looks at no shape
+            raise ValueError("the optimizer's state is not that of these weights")
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
-        if saved["step"] and len(self.optimizer.state) != len(list(self.model.parameters())):
-            raise ValueError("the optimizer's state is not that of all weights")
-        for weight, moments in self.optimizer.state.items():  # load_state_dict looks at neither shapes nor values
-            if not all(x.shape in (weight.shape, ()) and x.isfinite().all() for x in moments.values()):
-                raise ValueError("the optimizer's state has another shape, or is NaN or infinite")
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.reference:
             self.reference.load_state_dict(saved["reference"])
         self.recent.copy_(saved["recent"])
-        for name in KEPT:
-            setattr(self, name, saved[name])
+        loaded = [self.recent, *(x for kept in moments.values() for x in kept.values())]
+        if not all(x.isfinite().all() for x in (*loaded, *(self.reference.parameters() if self.reference else ()))):
+            raise ValueError("it holds numbers that are NaN or infinite")
 
     def open(self) -> None:
         """Open the log for more lines, without those that came after the last save: they will come again. From here to
-        `close`, signals wait for the end of a step. Raises ValueError where the log is in use, or shorter than saved.
-        """
-        self.log_file = (self.folder / "log.jsonl").open("ab")
+        `close`, signals wait for the end of a step. Raises ValueError where the log is in use, or not as it was."""
+        self.log_file = (self.folder / "log.jsonl").open("r+b")
         try:
             if fcntl:
                 fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept until the file is closed
         except BlockingIOError:
             raise ValueError(f"{self.folder} is being written by another process: wait for it, or stop it") from None
-        found = self.log_file.tell()
-        if found < self.log_bytes:
-            raise ValueError(f"{self.folder}/log.jsonl has lost lines: {found} bytes of the {self.log_bytes} saved")
-        self.log_file.truncate(self.log_bytes)
+        kept = self.log_file.read(self.log_bytes)
+        if len(kept) < self.log_bytes or not (b"\n" + kept).endswith(b"\n"):
+            raise ValueError(f"{self.folder}/log.jsonl has lost lines, or was changed, since last.pt was saved")
+        self.log_file.truncate()
         self.saved = f"step {self.step} of {self.phase}"
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def close(self) -> None:
-        self.log_file.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        with contextlib.suppress(OSError):  # of a line that did not fit the disk, which has been said
+            self.log_file.close()
 
     def on_signal(self, number: int, frame: object) -> None:
         """The first SIGINT or SIGTERM lets a step end, so that it can be saved. A second one, or one between the
         phases, where all is saved, leaves at once."""
         if self.stop_asked or not self.stepping:
-            raise KeyboardInterrupt
-        self.stop_asked = True
-        os.write(2, b"\nstopping when this step is done (once more: at once)\n")  # print may be at work right now
+            raise KeyboardInterrupt(number)
+        self.stop_asked = number
+        with contextlib.suppress(OSError):  # whoever reads it may be gone; print may be at work right now
+            os.write(2, b"\nstopping when this step is done (once more: at once)\n")
 
     def log(self, record: dict) -> None:
         """Add a line to log.jsonl."""
@@ -654,23 +669,27 @@ class Run:
         self.log_file.write(json.dumps(readable).encode() + b"\n")
         self.log_file.flush()
 
-    def bar(self, steps: int) -> tqdm:
+    def bar(self) -> tqdm:
         """The steps of this phase that are still to do, as a progress bar."""
-        self.steps, self.stepping = steps, self.step < steps
+        self.stepping = self.step < self.steps
         look = {"desc": self.phase, "unit": "step", "dynamic_ncols": True, "disable": None}
-        return tqdm(range(self.step, steps), initial=self.step, total=steps, **look)
+        return tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, **look)
 
     def end_step(self) -> None:
         """What comes after each step: a save, where one is due, and the end, where a signal asked for it."""
         self.step += 1
-        self.stepping = self.step < self.steps
-        if self.stop_asked or time.perf_counter() - self.saved_at > self.config.save_every:
+        due = time.perf_counter() - self.saved_at > self.config.save_every
+        if due or self.stop_asked or self.step == self.steps:
             self.save()
+        self.stepping = self.step < self.steps
         if self.stop_asked:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.stop_asked)
 
     def save(self) -> None:
-        """Bring last.pt up to date. The log goes to disk first: last.pt speaks of no line that is not there."""
+        """Bring last.pt up to date, unless the weights are not finite: then it keeps the last that were. The log goes
+        to disk first: last.pt speaks of no line that is not there."""
+        norm = {"weight_norm": weight_norm(self.model)}
+        stop_if_not_finite(self.phase, self.step - 1, norm, "last.pt is from before; a lower learning rate may help")
         self.count_seconds(self.phase)
         os.fsync(self.log_file.fileno())
         self.log_bytes = self.log_file.tell()
@@ -712,12 +731,13 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help, **kind)
     flags = vars(parser.parse_args(arguments))
     try:
-        if flags.get("resume"):
-            flags = vars(parser.parse_args([*settings_of(flags), *arguments])) | {"out": flags["resume"]}
+        if "resume" in flags:
+            config = saved_config(flags)
+        else:
+            flags = {"preset": "gpu" if torch.cuda.is_available() else "cpu"} | flags
+            config = Config(**PRESETS[flags["preset"]] | flags)
     except ValueError as error:
         parser.error(str(error))
-    flags = {"preset": "gpu" if torch.cuda.is_available() else "cpu"} | flags
-    config = Config(**PRESETS[flags["preset"]] | flags)
     if not config.out:
         config = replace(config, out=f"out/{config.preset}-{config.variant}-seed{config.seed}")
     if fault := find_fault(config):
@@ -725,20 +745,22 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]
     return config, parser
 
 
-def settings_of(flags: dict) -> list[str]:
-    """The flags that give the settings of the run to resume. Raises ValueError where there is no such run, or where
-    other flags came with --resume."""
+def saved_config(flags: dict) -> Config:
+    """The configuration of the run to resume, in the folder where it is now. Raises ValueError where there is no such
+    run, or where flags of another one came with --resume."""
     folder = Path(flags["resume"])
     if others := sorted(set(flags) - {"resume", "device"}):
         raise ValueError(f"--resume goes on with the settings of {folder}: leave --{others[0]} out")
+    saved = load_tensors(folder / "last.pt")
     try:
-        settings = json.loads((folder / "config.json").read_text())
-        pairs = [(name, value) for name, value in settings.items() if value not in (None, False)]
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"--resume {folder}: not the folder of a run, it holds no config.json") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"--resume {folder}: config.json cannot be read ({one_line(error)})") from None
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in pairs]
+        config = Config(**saved["settings"] | flags | {"out": str(folder)})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/last.pt: not what a run saves ({one_line(error)})") from None
+    for field in fields(Config):
+        value = getattr(config, field.name)
+        if type(value) not in (get_args(field.type) or [field.type]):
+            raise ValueError(f"{folder}/last.pt: not what a run saves ({field.name} is {value!r})")
+    return config
 
 
 def find_fault(config: Config) -> str | None:
@@ -796,7 +818,7 @@ def multiplies_in_bfloat16(device: str) -> bool:
 
 def check_machine(config: Config) -> None:
     """Raise ValueError, in one line, for a device that is not there and a compiler that is not."""
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX", "g++").split(" ")[0]
     if config.compile and not shutil.which(compiler):
         raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler} here: leave --compile out")
     try:
@@ -830,26 +852,28 @@ def new_run(config: Config, tokenizer: Tokenizer) -> Run:
     for name, tokens in longest.items():
         if tokens > config.max_seq_len:
             raise ValueError(f"{name}: {tokens} tokens exceed the context of {config.max_seq_len} (--max_seq_len)")
-    run = Run(config, model, "grpo" if config.init else "pretrain")
-    try:
-        run.folder.mkdir(parents=True)
-    except FileExistsError:
+    run, folder = Run(config, model, "grpo" if config.init else "pretrain"), Path(config.out)
+    if folder.exists():
         advice = "name another folder with --out, move that one away, or go on with it: --resume"
-        raise ValueError(f"{run.folder} exists: {advice} {run.folder}") from None
-    except OSError as error:
-        raise ValueError(f"--out {run.folder} cannot be made ({error.strerror}): name another folder") from None
+        raise ValueError(f"{folder} exists: {advice} {folder}")
+    run.folder = Path(f"{folder}.partial")  # renamed when all is there, so that no run is without last.pt
     try:
-        (run.folder / "data").mkdir()
+        shutil.rmtree(run.folder, ignore_errors=True)  # of a run that was killed right here
+        (run.folder / "data").mkdir(parents=True)
         for source in SOURCES:
             shutil.copy(ROOT / source, run.folder / source)
         write_whole(run.folder / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
         if config.init:
             save_model(run.folder / "base.pt", model)
+        (run.folder / "log.jsonl").touch()
         run.open()
         run.save()
-    except OSError as error:
-        shutil.rmtree(run.folder)  # it was made a moment ago, and the same command can make it once there is room
-        raise ValueError(f"--out {run.folder} cannot be written ({error.strerror})") from None
+        run.folder = run.folder.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"--out {folder} cannot be made ({error.strerror}): name another folder") from None
+        raise
     return run
 
 
@@ -859,24 +883,28 @@ def resumed_run(config: Config, tokenizer: Tokenizer) -> Run:
     folder, path = Path(config.out), Path(config.out) / "last.pt"
     if (folder / "result.json").exists():
         raise ValueError(f"{folder} has ended: what came of it is in result.json")
+    if links := [path for path in folder.rglob("*") if path.is_symlink()]:
+        raise ValueError(f"{links[0]} is a link, which could lead a run to write elsewhere: put a file in its place")
     for source in SOURCES:
         if not (folder / source).is_file() or (folder / source).read_bytes() != (ROOT / source).read_bytes():
-            advice = f"put that one back or, to go on with this one, cp {source} {folder / source}"
+            advice = f"to go on with this code all the same, cp {shlex.join([source, str(folder / source)])}"
             raise ValueError(f"{source} is not the {folder / source} that the run began with: {advice}")
-    model = load_policy(path, tokenizer, config.device)
     saved = load_tensors(path, config.device)
+    model = load_policy(path, tokenizer, config.device)
+    shape = {name: value for name, value in asdict(model.config).items() if hasattr(config, name)}
     try:
+        if differing := [name for name, value in shape.items() if value != getattr(config, name)]:
+            raise ValueError(f"a model of another {differing[0]}")
         run = Run(config, model, saved["phase"])
         run.load_state(saved)
     except Exception as error:  # a file from a stranger may hold anything
-        raise ValueError(f"{path}: not what a run with this config.json saves ({one_line(error)})") from None
+        raise ValueError(f"{path}: not what a run saves ({one_line(error)})") from None
     if run.phase == "grpo":
-        base = load_policy(folder / "base.pt", tokenizer, config.device)
-        run.base_model.load_state_dict(base.state_dict())
+        run.base_model.load_state_dict(load_policy(folder / "base.pt", tokenizer, config.device).state_dict())
     run.open()
     print(f"{folder}: going on after step {run.step} of {run.phase}")
-    if saved["made_by"] != made_by(config):
-        print(f"it was saved by {saved['made_by']}, and this is {made_by(config)}: not the same to the bit")
+    if saved.get("made_by") != made_by(config):
+        print(f"it was saved by {saved.get('made_by')}, and this is {made_by(config)}: not the same to the bit")
     return run
 
 
@@ -917,7 +945,7 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(config.threads)
     # On a CPU this costs nothing. It replaces one kernel, the compiled gradient of the embedding, in which threads add
     # to the same sums in whatever order they come.
-    torch.use_deterministic_algorithms(config.deterministic or config.device == "cpu")
+    torch.use_deterministic_algorithms(config.deterministic or config.device.startswith("cpu"))
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or matrix products on a GPU refuse
     tokenizer = get_tokenizer()
@@ -927,14 +955,19 @@ def main(arguments: list[str]) -> None:
             print(f"{config.device} has no fast bfloat16: matrix products will be in float32")
             config = replace(config, dtype="float32")
         run = resumed_run(config, tokenizer) if config.resume else new_run(config, tokenizer)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    resume = f"python train.py --resume {run.folder}"
+    device = ["--device", config.device] if config.resume and "--device" in arguments else []
+    resume = shlex.join(["python", os.path.relpath(__file__), "--resume", str(run.folder), *device])
     try:
         whole_job(config, run, tokenizer)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        for number in run.handlers:
+            signal.signal(number, signal.SIG_IGN)  # once more says nothing more
         print(f"\nstopped; {run.saved} is saved. To go on: {resume}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + stop.args[0])
+    except BrokenPipeError:
+        sys.exit(f"train.py: what it prints is not read any more. {run.saved} is saved. To go on: {resume}")
     except OSError as error:
         reason = f"{run.folder} cannot be written ({error.strerror})"
         sys.exit(f"train.py: {reason}. {run.saved} is saved. To go on, once it can: {resume}")

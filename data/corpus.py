@@ -30,12 +30,12 @@ SHARES = {  # of the documents of a language
         "checked": 0.06,  # steps that each get a look: right, or wrong and then the right number
         "other": 0.12,  # tables of sums, counting, lists
     },
-    "ko": {"direct": 0.77, "steps": 0.03, "slips": 0.07, "checked": 0.01, "other": 0.12},
+    "ko": {"direct": 0.82, "steps": 0.01, "slips": 0.04, "checked": 0.01, "other": 0.12},
 }
 TAGGED = 0.5  # share of the documents about problems that use the tags
 GUESS = 0.6  # chance that a direct answer is wrong
 SLIP = {"en": 0.15, "ko": 0.30}  # chance that a step goes wrong, in the styles where it can
-SWITCH = {"en": 0.05, "ko": 0.30}  # share of a language's documents that go on in the other, where there are two
+SWITCH = {"en": 0.05, "ko": 0.50}  # share of a language's documents that go on in the other, where there are two
 TAGS_AROUND = "<think>{}</think><answer> {}</answer>"
 SMALL_TEXT = 40  # tokens that a small text has at most, about
 

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, this file finds experiments/
 
-from experiments.plot import CURVES, check_curves, check_picture, draw_curves, read_log
+from experiments.plot import check_picture, choose_curves, draw_curves, read_log
 
 LAST = 10  # steps
 
@@ -83,17 +83,15 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("run", nargs=2, type=Path, help="folder of a run")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw their curves, as a PNG")
-    parser.add_argument("--curves", default=CURVES["grpo"], metavar="A,B,...", help="fields of the log to draw")
+    parser.add_argument("--curves", metavar="A,B,...", help="fields of the log to draw")
     args = parser.parse_args(arguments)
     check_picture(parser, "--plot", args.plot)
     try:
         runs = [read_run(folder) for folder in args.run]
     except ValueError as error:
         parser.error(str(error))
-    curves = args.curves.split(",")
     logs = {f"{letter}  {folder.name}": records for letter, folder, (_, records, _) in zip("AB", args.run, runs)}
-    if args.plot:
-        check_curves(parser, curves, list(logs.values()))
+    curves = choose_curves(parser, args.curves, "grpo", list(logs.values()))
     print_comparison(args.run, runs)
     if args.plot:
         draw_curves(args.plot, logs, curves)

@@ -27,7 +27,10 @@ def read_log(folder: Path, phase: str = "grpo") -> list[dict]:
     if not (folder / "log.jsonl").is_file():
         raise ValueError(f"{folder} is not the folder of a run: it holds no log.jsonl")
     lines = (folder / "log.jsonl").read_text().split("\n")[:-1]  # after the last line break a line is being written
-    records = [record for record in map(json.loads, lines) if record["phase"] == phase]
+    try:
+        records = [record for record in map(json.loads, lines) if record["phase"] == phase]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder}/log.jsonl has a line that no run wrote") from None
     if not records:
         raise ValueError(f"{folder} has no line of phase {phase} in its log yet")
     return records
@@ -35,17 +38,23 @@ def read_log(folder: Path, phase: str = "grpo") -> list[dict]:
 
 def check_picture(parser: argparse.ArgumentParser, flag: str, path: Path | None) -> None:
     """End the program with a line on what is wrong, before any work, where a picture could not be drawn."""
+    if path and path.is_dir():
+        parser.error(f"{flag} {path}: a folder, where the name of a picture should be")
     if path and not path.absolute().parent.is_dir():
         parser.error(f"{flag} {path}: there is no folder {path.parent}")
     if path and not importlib.util.find_spec("matplotlib"):
         parser.error(f"{flag} needs matplotlib: pip install -r experiments/requirements.txt")
 
 
-def check_curves(parser: argparse.ArgumentParser, curves: list[str], logs: list[list[dict]]) -> None:
-    for name in curves:
-        if not any(name in record for records in logs for record in records):
-            fields = ", ".join(field for field in logs[0][0] | logs[0][-1] if field not in ("phase", "step"))
-            parser.error(f"--curves: no log has a field {name}, but {fields}")
+def choose_curves(parser: argparse.ArgumentParser, asked: str | None, phase: str, logs: list[list[dict]]) -> list[str]:
+    """The curves that were asked for, which must be there, or those of the default ones that are."""
+    there = {field for records in logs for record in records for field in record} - {"phase", "step"}
+    if not asked:
+        return [field for field in CURVES[phase].split(",") if field in there]
+    for field in asked.split(","):
+        if field not in there:
+            parser.error(f"--curves: no log has a field {field}, but {', '.join(sorted(there))}")
+    return asked.split(",")
 
 
 def draw_curves(path: Path, logs: dict[str, list[dict]], curves: list[str]) -> None:
@@ -87,14 +96,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--curves", metavar="A,B,...", help=f"fields of the log to draw [{CURVES['grpo']}]")
     args = parser.parse_args(arguments)
     try:
-        logs = {folder.absolute().name: read_log(folder, args.phase) for folder in args.run}
+        logs = {str(folder): read_log(folder, args.phase) for folder in args.run}
     except ValueError as error:
         parser.error(str(error))
     path = args.out or args.run[0] / "curves.png"
     check_picture(parser, "--out", path)
-    curves = (args.curves or CURVES[args.phase]).split(",")
-    check_curves(parser, curves, list(logs.values()))
-    draw_curves(path, logs, curves)
+    draw_curves(path, logs, choose_curves(parser, args.curves, args.phase, list(logs.values())))
 
 
 if __name__ == "__main__":

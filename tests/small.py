@@ -1,8 +1,5 @@
 """Runs small enough for a test, shared by the tests that make them."""
 
-import math
-from dataclasses import replace
-
 from data.tokenizer import get_tokenizer
 from model import ModelConfig, Transformer
 from train import Config, Run, grpo
@@ -19,9 +16,14 @@ def small_model(seed=0):
     return model
 
 
+def unsaved(config, phase):
+    """A run of a small model in no folder, and the lines of its log."""
+    run, records = Run(config, small_model(), phase), []
+    run.log, run.save = records.append, lambda: None
+    return run, records
+
+
 def run_grpo(config):
-    """GRPO on a small model, in no folder and never saved: the model, and the lines of the log."""
-    run, records = Run(replace(config, save_every=math.inf), small_model(), "grpo"), []
-    run.log = records.append
+    run, records = unsaved(config, "grpo")
     grpo(config, run, tokenizer)
     return run.model, records

@@ -82,6 +82,10 @@ def test_two_runs_are_compared_by_flags_results_and_logs(capsys, tmp_path):
 
 def test_the_curves_of_runs_are_drawn_from_their_logs(tmp_path, capsys):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", lr=1.0)
+    young = write_run(tmp_path / "young")
+    lines = (tmp_path / "young" / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "young" / "log.jsonl").write_text("".join(lines[:4]))
+    plot.main([young])  # before its first look at held-out problems
     plot.main([one])
     assert (tmp_path / "one" / "curves.png").read_bytes().startswith(PNG)
     plot.main([one, two, "--out", str(tmp_path / "two.png"), "--curves", "accuracy,k3_old"])
@@ -90,9 +94,10 @@ def test_the_curves_of_runs_are_drawn_from_their_logs(tmp_path, capsys):
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
     capsys.readouterr()
     for arguments, complaint in (
-        ([one, "--curves", "banana"], "no log has a field banana, but accuracy, entropy"),
+        ([one, "--curves", "banana"], "no log has a field banana, but accuracy, completion_tokens"),
         ([one, "--phase", "pretrain", "--curves", "accuracy"], "no log has a field accuracy, but loss"),
         ([one, "--out", str(tmp_path / "nowhere" / "x.png")], "there is no folder"),
+        ([one, "--out", str(tmp_path)], "a folder, where the name of a picture should be"),
         ([str(tmp_path)], "is not the folder of a run: it holds no log.jsonl"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -116,7 +121,7 @@ def test_what_is_no_run_is_refused_in_one_line(capsys, tmp_path):
     assert "20 of 30 steps" in capsys.readouterr().out, "a line that is still being written is left alone"
     with pytest.raises(SystemExit):
         compare.main([one, one, "--plot", str(tmp_path / "x.png"), "--curves", "accuracy,banana"])
-    assert "no log has a field banana, but accuracy, entropy" in capsys.readouterr().err
+    assert "no log has a field banana, but accuracy, completion_tokens" in capsys.readouterr().err
     for command, arguments in ((compare.main, [one, one]), (bias.main, [])):
         with pytest.raises(SystemExit) as stop:
             command([*arguments, "--plot", str(tmp_path / "nowhere" / "x.png")])

@@ -23,8 +23,8 @@ from data.arithmetic import is_for_training, is_held_out, make_problem, write_pr
 from grpo import KL_TERMS, VARIANTS, Variant, loss_normalizer, policy_loss, token_entropy, token_logps
 from model import ModelConfig, Transformer, load_model, save_model
 from sample import Rollout, generate
-from tests.small import SHAPE, SHAPE_FLAGS, SMALL, run_grpo, small_model, tokenizer
-from train import Config, Run, document_batches, learning_rate, majority_is_right, pass_at_k, sample_problems, stream
+from tests.small import SHAPE, SHAPE_FLAGS, SMALL, run_grpo, small_model, tokenizer, unsaved
+from train import Config, document_batches, learning_rate, majority_is_right, pass_at_k, sample_problems, stream
 
 ROOT = Path(__file__).parent.parent
 
@@ -361,8 +361,7 @@ class Seen(train.tqdm):
 
 def test_the_bar_and_the_log_agree(monkeypatch, always_signal):
     monkeypatch.setattr(train, "tqdm", Seen)
-    run, records = Run(replace(SMALL, steps=3, pretrain_steps=70, save_every=math.inf), small_model(), "pretrain"), []
-    run.log = records.append
+    run, records = unsaved(replace(SMALL, steps=3, pretrain_steps=70), "pretrain")
     run.step = 20  # as after resuming
     train.pretrain(run.config, run, tokenizer)
     bar, settings, shown = Seen.bars[-1]
