@@ -1,15 +1,19 @@
 """Collect finished runs: their results as one JSON file, and the table that the README shows.
 
-    python experiments/collect.py out/cpu-grpo-seed*      # after the runs, on the machine that made them
+    python experiments/collect.py cpu out/cpu-grpo-seed*             # after the runs, on the machine that made them
+    python experiments/collect.py language out/language-*
+    python experiments/collect.py curriculum out/steps160 out/curriculum160
 
-The README's table stands between two comments and is written by this command alone; a test compares the two.
+Each of the README's tables stands between two comments and is written by this command alone; a test compares the two.
 """
 
+import argparse
 import json
 import platform
 import re
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,14 +22,89 @@ sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms abov
 
 from train import Config
 
-COMMAND = "python train.py --seed SEED"
-ROWS = {
-    "pass@1": "right answers, temperature 1 (pass@1)",
-    "greedy": "right answers, greedy",
-    "maj@8": "right by majority of 8",
-    "pass@8": "right at least once in 8 (pass@8)",
-    "format": "in the asked format",
-    "completion_tokens": "tokens of a completion",
+RESULTS = ROOT / "experiments" / "results"
+Metrics = dict  # of one model, as `train.evaluate` gives them
+
+
+@dataclass(frozen=True)
+class Table:
+    """`columns` picks the metrics of a column from a run, or None where the run is of another column; `rows` picks a
+    number from metrics. A run belongs here if its settings are `settings`, but for those named in `free`."""
+
+    command: str
+    settings: Config
+    free: tuple[str, ...]
+    columns: dict[str, Callable[[dict], Metrics | None]]
+    rows: dict[str, Callable[[Metrics], float]]
+
+
+def field(name: str) -> Callable[[Metrics], float]:
+    return lambda metrics: metrics[name]
+
+
+def inner(name: str, *keys: str) -> Callable[[Metrics], float]:
+    """The number under several keys; 0 where the last is missing."""
+
+    def number(metrics: Metrics) -> float:
+        for key in (name, *keys):
+            metrics = metrics.get(key, 0)
+        return metrics
+
+    return number
+
+
+def after(**settings: float) -> Callable[[dict], Metrics | None]:
+    """What GRPO ended with, in the runs of these settings."""
+    return lambda run: run["r1_zero"] if settings.items() <= run["settings"].items() else None
+
+
+TABLES = {
+    "cpu": Table(
+        "python train.py --seed SEED",
+        Config(),
+        (),
+        {"base model": field("base"), "R1-Zero": field("r1_zero")},
+        {
+            "right answers, temperature 1 (pass@1)": field("pass@1"),
+            "right answers, greedy": field("greedy"),
+            "right by majority of 8": field("maj@8"),
+            "right at least once in 8 (pass@8)": field("pass@8"),
+            "in the asked format": field("format"),
+            "tokens of a completion": field("completion_tokens"),
+        },
+    ),
+    "language": Table(
+        "python train.py --languages en,ko --max_level 4 --pretrain_steps 8000 --seed SEED",
+        Config(languages="en,ko", max_level=4, pretrain_steps=8000),
+        ("language_weight", "init"),
+        {
+            "base model": field("base"),
+            "accuracy and format": after(language_weight=0.0),
+            "with `--language_weight 1`": after(language_weight=1.0),
+        },
+        {
+            "right answers to English questions": inner("by_language", "en"),
+            "right answers to Korean questions": inner("by_language", "ko"),
+            "English questions thought through in English": inner("thinks_in", "en", "en"),
+            "Korean questions thought through in Korean": inner("thinks_in", "ko", "ko"),
+            "Korean questions thought through in English": inner("thinks_in", "ko", "en"),
+            "Korean questions, thoughts in both": inner("thinks_in", "ko", "mixed"),
+        },
+    ),
+    "curriculum": Table(
+        "python train.py --init out/cpu-grpo-seed0/base.pt --steps 160",
+        Config(steps=160),
+        ("curriculum", "init"),
+        {
+            "base model": field("base"),
+            "levels 2 to 5": after(curriculum=0.0),
+            "with `--curriculum 0.8`": after(curriculum=0.8),
+        },
+        {
+            "levels 2 to 5": field("pass@1"),
+            **{f"level {level}": inner("beyond", str(level)) for level in (6, 7, 8, 9)},
+        },
+    ),
 }
 
 
@@ -35,58 +114,61 @@ def processor() -> str:
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
-def cells(runs: list[dict], name: str) -> str:
-    """The Markdown cells before | after, each the mean over the runs and its range."""
-    texts = []
-    for model in ("base", "r1_zero"):
-        values = [run[model][name] for run in runs]
-        scale, unit = (1, "") if name.endswith("tokens") else (100, " %")
-        low, high, mean = (scale * value for value in (min(values), max(values), sum(values) / len(values)))
-        texts.append(f"{mean:.1f}{unit} ({low:.1f}-{high:.1f})")
-    return " | ".join(texts)
+def cell(values: list[float]) -> str:
+    """Their mean and, where there are several, their range: shares as per cent, counts as they are."""
+    scale, unit = (100, " %") if max(values) <= 1 else (1, "")
+    low, high, mean = (scale * value for value in (min(values), max(values), sum(values) / len(values)))
+    return f"{mean:.1f}{unit}" + (f" ({low:.1f}-{high:.1f})" if len(values) > 1 else "")
 
 
-def table(results: dict) -> str:
-    runs = results["runs"]
-    minutes = [run["seconds"]["total"] / 60 for run in runs]
-    seeds = ", ".join(str(run["seed"]) for run in runs)
-    lines = ["| held-out problems, levels 2 to 5 | base model | R1-Zero |", "| --- | --- | --- |"]
-    lines += [f"| {text} | {cells(runs, name)} |" for name, text in ROWS.items()]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"`{results['command']}`, seeds {seeds}: mean (lowest-highest). {max(minutes):.1f} minutes at most on "
-            f"{results['hardware']}, torch {results['torch']}.",
-        ]
+def markdown(name: str, results: dict) -> str:
+    table, runs = TABLES[name], results["runs"]
+    columns = [[metrics for run in runs if (metrics := pick(run))] for pick in table.columns.values()]
+    lines = [f"| held-out problems | {' | '.join(table.columns)} |", "| --- " * (1 + len(columns)) + "|"]
+    for text, number in table.rows.items():
+        lines.append(f"| {text} | {' | '.join(cell([number(metrics) for metrics in column]) for column in columns)} |")
+    seeds = sorted({run["seed"] for run in runs})
+    said = f"seeds {', '.join(map(str, seeds))}: mean (lowest-highest)" if len(seeds) > 1 else f"seed {seeds[0]}"
+    minutes = max(run["seconds"]["total"] / 60 for run in runs)
+    machine = f"{minutes:.1f} minutes at most on {results['hardware']}, torch {results['torch']}"
+    return "\n".join([*lines, "", f"`{table.command}`, {said}. {machine}."])
+
+
+def read_run(folder: Path, table: Table) -> dict:
+    if not (folder / "result.json").is_file():
+        sys.exit(f"{folder} is not the folder of a finished run: it holds no result.json")
+    settings = json.loads((folder / "config.json").read_text())
+    config = Config(**settings)
+    same = {name: getattr(table.settings, name) for name in ("seed", "out", *table.free)}
+    if replace(config, **same) != replace(table.settings, **same):
+        sys.exit(f"{folder} was not made by `{table.command}`: its config.json differs")
+    free = {name: settings[name] for name in table.free if name != "init"}
+    return json.loads((folder / "result.json").read_text()) | {"settings": free}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-
-def main(folders: list[str]) -> None:
-    if not folders:
-        sys.exit("name the folders of finished runs: python experiments/collect.py out/cpu-grpo-seed*")
-    runs = []
-    for folder in map(Path, folders):
-        if not (folder / "result.json").is_file():
-            sys.exit(f"{folder} is not the folder of a finished run: it holds no result.json")
-        config = Config(**json.loads((folder / "config.json").read_text()))
-        if replace(config, seed=0, out="") != Config():
-            sys.exit(f"{folder} was not made by `{COMMAND}` alone: its config.json differs from the defaults")
-        runs.append(json.loads((folder / "result.json").read_text()))
+    parser.add_argument("table", choices=TABLES, help="which of the README's tables")
+    parser.add_argument("run", nargs="+", type=Path, help="folder of a finished run")
+    args = parser.parse_args(arguments)
+    runs = [read_run(folder, TABLES[args.table]) for folder in args.run]
     results = {
-        "command": COMMAND,
+        "command": TABLES[args.table].command,
         "hardware": processor(),
         "torch": version("torch"),
-        "runs": sorted(runs, key=lambda run: run["seed"]),
+        "runs": sorted(runs, key=lambda run: (run["seed"], str(run["settings"]))),
     }
     readme = ROOT / "README.md"
-    before, start, rest = readme.read_text().partition("<!-- results: made by experiments/collect.py -->\n")
-    _, end, after = rest.partition("<!-- end of results -->")
+    before, start, rest = readme.read_text().partition(f"<!-- {args.table}: made by experiments/collect.py -->\n")
+    _, end, following = rest.partition("<!-- end -->")
     if not (start and end):
         sys.exit("README.md has lost the comments between which the table stands")
-    (ROOT / "experiments" / "results" / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    readme.write_text(before + start + table(results) + "\n" + end + after)
-    print(table(results))
+    (RESULTS / f"{args.table}.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = markdown(args.table, results)
+    readme.write_text(before + start + text + "\n" + end + following)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -126,9 +126,8 @@ def test_what_is_no_run_is_refused_in_one_line(capsys, tmp_path):
         with pytest.raises(SystemExit) as stop:
             command([*arguments, "--plot", str(tmp_path / "nowhere" / "x.png")])
         assert stop.value.code == 2 and "there is no folder" in capsys.readouterr().err
-    for folders in ([], [one]):
-        with pytest.raises(SystemExit, match=r"name the folders|holds no result.json"):
-            collect.main(folders)
+    with pytest.raises(SystemExit, match=r"holds no result.json"):
+        collect.main(["cpu", one])
     for other, complaint in (
         (tmp_path / "nowhere", "holds no config.json"),
         (tmp_path / "empty", "holds no config.json"),

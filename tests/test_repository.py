@@ -12,7 +12,7 @@ import pytest
 
 import train
 from data.arithmetic import is_held_out
-from experiments.collect import table
+from experiments.collect import TABLES, markdown
 from grpo import VARIANTS, clipped_weight, sequence_ratio
 from model import save_tensors
 from tests.small import SMALL, run_grpo, tokenizer, unsaved
@@ -128,11 +128,19 @@ def clip_of(row):
     return row.clip_low, row.clip_high
 
 
-def test_the_readmes_table_is_that_of_the_results():
-    results = json.loads((ROOT / "experiments" / "results" / "cpu.json").read_text())
-    assert table(results) in README
-    assert len(results["runs"]) >= 3
-    for run in results["runs"]:
+def results_of(name):
+    return json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readmes_table_is_that_of_the_results(name):
+    assert markdown(name, results_of(name)) in README
+
+
+def test_the_main_job_reaches_what_it_should_for_every_seed():
+    runs = results_of("cpu")["runs"]
+    assert len(runs) >= 3
+    for run in runs:
         assert 0.05 <= run["base"]["pass@1"] <= 0.40
         assert run["r1_zero"]["pass@1"] >= 0.90
         assert run["r1_zero"]["format"] >= 0.95

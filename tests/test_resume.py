@@ -207,9 +207,7 @@ def test_every_setting_comes_back_also_those_of_0(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(
-        FloatingPointError, match=r"at step \d+: weight_norm is .*last.pt is from before"
-    ):
+    with pytest.raises(FloatingPointError, match=r"at step \d+: weight_norm is .*last.pt is from before"):
         train.main([*FLAGS, "--pretrain_lr=1e30", "--save_every=0", f"--out={folder}"])
     load_model(folder / "last.pt")
 
