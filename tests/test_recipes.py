@@ -73,8 +73,7 @@ def test_what_the_readme_says_of_the_recipes_is_what_the_runs_gave():
     """experiments/results/changes.json holds the runs; here are the sentences, made from it."""
     runs = json.loads((ROOT / "experiments" / "results" / "changes.json").read_text())["runs"]
     first, last, every, ended = (
-        {run["name"].removeprefix("recipe: "): run[part] for run in runs}
-        for part in ("first 10", "last 10", "all steps", "pass@1")
+        {run["name"]: run[part] for run in runs} for part in ("first 10", "last 10", "all steps", "pass@1")
     )
     right = {name: f"{100 * value:.1f} %" for name, value in ended.items()}
     grpo, clip, advantage = every["grpo"], every["clip"], every["advantage"]
@@ -91,9 +90,8 @@ def test_what_the_readme_says_of_the_recipes_is_what_the_runs_gave():
         f"{last['k2']['entropy']:.4f} of `--kl k2`",
         f"({right['kl']}, between {right['k3']} and {right['k2']})",
         f"{first['careful']['careful']:.2f} over the first ten steps, {last['careful']['careful']:.2f} over the last",
-        f"from {tokens['grpo']:.1f} to {tokens['recipe: careful']:.1f} tokens, and are right as often "
-        f"({right['careful']})",
-        f"{100 * base['recipe: task']:.1f} % before, {right['task']} after",
+        f"from {tokens['grpo']:.1f} to {tokens['careful']:.1f} tokens, and are right as often ({right['careful']})",
+        f"{100 * base['task']:.1f} % before, {right['task']} after",
     ):
         assert sentence in text, sentence
     ends = [ended[name] for name in VARIANTS if name in ended]
