@@ -20,7 +20,7 @@ TAG = re.compile("(" + "|".join(TAGS) + ")")
 NUMBER = re.compile("-?[0-9]+")
 WORD = re.compile(r"[^\W\d_]+")
 WORDS_OF = {"en": re.compile("[A-Za-z]+"), "ko": re.compile("[가-힣]+")}
-MIN_WORDS = 2  # fewer are no thought in any language
+MIN_WORDS = 4  # two steps; fewer are no thought in any language, whatever " i know this" says
 
 
 def split_completion(completion: str) -> tuple[list[str], list[str]]:

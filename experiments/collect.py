@@ -74,7 +74,7 @@ TABLES = {
         },
     ),
     "language": Table(
-        "python train.py --languages en,ko --max_level 4 --pretrain_steps 8000 --seed SEED",
+        "python train.py --languages en,ko --max_level 4 --pretrain_steps 8000 --seed SEED --init BASE",
         Config(languages="en,ko", max_level=4, pretrain_steps=8000),
         ("language_weight", "init"),
         {

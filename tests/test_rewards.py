@@ -133,14 +133,15 @@ def test_time_is_linear_in_the_length(piece):
 @pytest.mark.parametrize(
     ("thought", "english", "korean"),
     [
-        ("\n#1 7 plus 8 is 15", 1, 0),
-        ("\n#1 7 더하기 8 은 15", 0, 1),
+        ("\n#1 7 plus 8 is 15\n#2 15 minus 3 is 12", 1, 0),
+        ("\n#1 7 더하기 8 은 15\n#2 15 빼기 3 은 12", 0, 1),
         ("\n#1 7 plus 8 은 15\n#2 15 빼기 3 은 12", 0.25, 0.75),
-        ("\n#1 7 plus 8 = 15", 0, 0),  # a single word is no thought
+        (" i know this", 0, 0),  # three words are no thought
+        (" 이건 알아", 0, 0),
         (" 7 8 15 + - = #1", 0, 0),  # nor are digits and signs, in any number
         ("", 0, 0),
         (" plus plus なのか なのか", 0.5, 0),  # words of neither count as words
-        (" plus더하기 is", 0.5, 0),
+        (" plus더하기 is is is", 0.75, 0),
     ],
 )
 def test_language_consistency_is_the_share_of_the_thoughts_words(thought, english, korean):
@@ -150,8 +151,8 @@ def test_language_consistency_is_the_share_of_the_thoughts_words(thought, englis
 
 
 def test_language_consistency_looks_at_the_thought_alone():
-    assert language_consistency_reward("<think> a b</think> 가 나 다<answer> 라 마</answer>", "en") == 1
-    assert language_consistency_reward(" plus is<answer> 15</answer>", "en") == 0, "no thought"
-    assert language_consistency_reward("</think> a b<think>", "en") == 0, "none that opens first"
+    assert language_consistency_reward("<think> a b c d</think> 가 나 다<answer> 라 마</answer>", "en") == 1
+    assert language_consistency_reward(" plus is plus is<answer> 15</answer>", "en") == 0, "no thought"
+    assert language_consistency_reward("</think> a b c d<think>", "en") == 0, "none that opens first"
     with pytest.raises(KeyError):
         language_consistency_reward("<think> a b</think>", "fr")

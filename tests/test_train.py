@@ -99,7 +99,7 @@ def test_each_completion_is_scored_against_the_problem_that_it_answers():
 
 def test_the_language_reward_counts_where_it_has_a_weight_and_is_that_of_the_questions_language():
     english, korean = write_problem("1 + 2"), write_problem("1 + 2", "ko")
-    text = "<think>\n#1 1 plus 2 is 3</think><answer> 3</answer>"
+    text = "<think>\n#1 1 plus 1 is 2\n#2 2 plus 1 is 3</think><answer> 3</answer>"
     for weight in (0.0, 0.5):
         rewards = train.score(Config(language_weight=weight), [english, korean], [text, text])
         assert rewards["language"].tolist() == [1, 0]
@@ -477,7 +477,7 @@ def test_logp_gap_is_the_largest_over_all_micro_batches():
 def test_evaluation_counts_what_it_says(monkeypatch):
     """Hand-made completions of two problems, 16 each, and every metric worked out beside them."""
     problems = [write_problem("1 + 2 + 3"), write_problem("9 - 2 - 1 + 1", "ko")]
-    right = [f"<think> a b</think><answer> {problem.answer}</answer>" for problem in problems]
+    right = [f"<think> a b c d</think><answer> {problem.answer}</answer>" for problem in problems]
     wrong, bare = "<think> a</think><answer> 5</answer>", "5."
     sampled = [
         [(right[0], 8)] * 4 + [(wrong, 7)] * 4 + [(wrong, 7)] * 5 + [(bare, 2)] * 3,  # majority: tie won, then lost
@@ -506,7 +506,7 @@ def test_evaluation_counts_what_it_says(monkeypatch):
     monkeypatch.setattr(train, "answer_problems", answers)
     monkeypatch.setattr(train, "sample_problems", chosen)
     metrics = train.evaluate(Config(min_level=1, max_level=2, languages="en,ko"), None, tokenizer)
-    words = len(tokenizer.encode(" a b")), len(tokenizer.encode(" a"))
+    words = len(tokenizer.encode(" a b c d")), len(tokenizer.encode(" a"))
     assert {name: value for name, value in metrics.items() if not isinstance(value, dict)} == pytest.approx(
         {
             "pass@1": (4 / 16 + 12 / 16) / 2,
@@ -530,12 +530,12 @@ def test_evaluation_counts_what_it_says(monkeypatch):
 
 def test_the_language_of_a_thought_is_that_of_all_its_words():
     for thought, expected in (
-        ("\n#1 1 plus 2 is 3", "en"),
-        ("\n#1 1 더하기 2 은 3", "ko"),
-        ("\n#1 1 plus 2 은 3", "mixed"),
-        (" easy", "none"),
-        (" plus なのか", "mixed"),
-        (" なのか これ", "none"),
+        ("\n#1 1 plus 2 is 3\n#2 3 plus 1 is 4", "en"),
+        ("\n#1 1 더하기 2 은 3\n#2 3 더하기 1 은 4", "ko"),
+        ("\n#1 1 plus 2 is 3\n#2 3 더하기 1 은 4", "mixed"),
+        (" i know this", "none"),
+        (" 이건 알아", "none"),
+        (" なのか これ なのか これ", "none"),
     ):
         assert train.thought_language(f"<think>{thought}</think><answer> 3</answer>") == expected
 
