@@ -174,7 +174,7 @@ def answer(model: Transformer, tokenizer: Tokenizer, problem: Problem, flags: ar
         model,
         [prompt],
         group_size=flags.n,
-        max_new_tokens=max(1, min(64, model.config.max_seq_len - len(prompt))),
+        max_new_tokens=max(1, model.config.max_seq_len - len(prompt)),
         temperature=flags.temperature,
         eos_id=tokenizer.eos_id,
         seed=flags.seed,

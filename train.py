@@ -41,8 +41,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.arithmetic import APPLY, Problem, Task, make_problem
-from data.corpus import Document, document, longest_document
+from data.arithmetic import APPLY, MAX_OPERAND, Problem, Task, make_problem
+from data.corpus import SMALL_TEXT, Document, document, longest_document
 from data.languages import LANGUAGES
 from data.tokenizer import MAX_NUMBER, MAX_STEP, Tokenizer, get_tokenizer
 from grpo import KL_TERMS, VARIANTS, group_advantages, loss_normalizer, policy_loss, token_entropy, token_logps
@@ -115,6 +115,11 @@ class Config:
     def task(self) -> Task:
         return Task(self.operators, self.max_total, tuple(self.languages.split(",")))
 
+    @property
+    def evaluated_levels(self) -> range:
+        """Not level 1: its problems are steps of others, so none of them is held out."""
+        return range(max(2, self.min_level), self.max_level + 1)
+
 
 PRESETS = {
     "cpu": {},
@@ -169,11 +174,11 @@ def stream(seed: int, purpose: str, step: int) -> random.Random:
 def sample_problems(
     config: Config, purpose: str, step: int, count: int, *, held_out: bool, levels: range | None = None
 ) -> list[Problem]:
-    """`count` problems of these levels, or of the trained ones, each level and each language as often."""
+    """`count` problems of these levels, or of the evaluated ones; over the steps, each level and language as often."""
     rng = stream(config.seed, purpose, step)
-    levels = levels or range(config.min_level, config.max_level + 1)
+    levels = config.evaluated_levels if levels is None else levels
     kinds = [(level, language) for level in levels for language in config.task.languages]
-    chosen = (kinds[i % len(kinds)] for i in range(count))
+    chosen = (kinds[(step * count + i) % len(kinds)] for i in range(count))
     return [make_problem(rng, level, config.task, held_out=held_out, language=language) for level, language in chosen]
 
 
@@ -371,7 +376,8 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
         advantages = group_advantages(rewards["reward"], config.group_size, VARIANTS[config.variant].scale)  # line 9
         advantages = advantages.to(config.device)
         # In bfloat16 sampler and trainer round differently: the ratio is then one of two passes of the trainer.
-        old_logps = rollout_logps(config, forward, rollout) if model.in_bfloat16 else None
+        has_ratio = VARIANTS[config.variant].ratio is not None
+        old_logps = rollout_logps(config, forward, rollout) if model.in_bfloat16 and has_ratio else None
         ref_logps = rollout_logps(config, reference, rollout) if reference else None
         sampled = time.perf_counter()
 
@@ -418,7 +424,8 @@ def rollout_metrics(
         "no_signal": (groups == groups[:, :1]).all(dim=1).float().mean().item(),  # share of groups of equal rewards
         "top_level": max(problem.level for problem in problems),
     }
-    for language in config.task.languages if len(config.task.languages) > 1 else ():
+    asked = {problem.language for problem in problems}
+    for language in sorted(asked) if len(config.task.languages) > 1 else ():
         rows = torch.tensor([problem.language == language for problem in problems]).repeat_interleave(config.group_size)
         metrics |= {f"{name}_{language}": rewards[name][rows].mean().item() for name in ("accuracy", "language")}
     return metrics
@@ -431,13 +438,14 @@ def hardest_accuracy(rewards: dict[str, Tensor], problems: list[Problem]) -> flo
 
 
 def highest_level(config: Config, tokenizer: Tokenizer) -> int:
-    """The highest level whose prompt and completion fit the context, and whose steps have an index each."""
-    room = config.max_seq_len - config.max_new_tokens
-    return max(level for level in range(1, MAX_STEP + 1) if prompt_tokens(config, tokenizer, level) <= room)
+    """The highest level whose prompt fits the context, whose thought fits a completion, and whose steps have an index
+    each."""
 
+    def fits(level: int) -> bool:
+        prompt, document = encode_document(longest_document(level, config.task, checked=False), tokenizer)
+        return len(document) - prompt <= config.max_new_tokens <= config.max_seq_len - prompt
 
-def prompt_tokens(config: Config, tokenizer: Tokenizer, level: int) -> int:
-    return len(tokenizer.encode(longest_document(level, config.task).question))
+    return max(filter(fits, range(config.max_level, MAX_STEP + 1)), default=config.max_level)
 
 
 def update_metrics(updates: list[Counter]) -> dict[str, float]:
@@ -454,8 +462,8 @@ def update_metrics(updates: list[Counter]) -> dict[str, float]:
 
 @torch.no_grad()
 def rollout_logps(config: Config, model: Transformer, rollout: Rollout) -> Tensor:
-    """Log-probabilities (B, T) of a rollout's tokens under another model, in parts that fit the memory."""
-    parts = rollout.tokens.chunk(config.minibatches)
+    """Log-probabilities (B, T) of a rollout's tokens under a model, in parts that fit the memory."""
+    parts = rollout.tokens.split(config.micro_batch)
     return torch.cat([token_logps(model(tokens), tokens, config.temperature) for tokens in parts])
 
 
@@ -518,8 +526,7 @@ def evaluate(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
     """The metrics of a model on held-out problems of the trained levels, at temperature 1 but for "greedy". All are
     means over problems, which levels and languages share evenly. Two are apart: level 1, whose problems are steps of
     others, so that none is held out, and the levels "beyond" the trained ones."""
-    trained = range(max(2, config.min_level), config.max_level + 1)
-    problems = sample_problems(config, "evaluation", 0, config.eval_problems, held_out=True, levels=trained)
+    problems = sample_problems(config, "evaluation", 0, config.eval_problems, held_out=True)
     n = config.eval_samples
     answers = answer_problems(config, model, tokenizer, problems, n, 1.0)
     correct = grade(problems, answers)  # (problems, n)
@@ -573,7 +580,7 @@ class Run:
 
     def __init__(self, config: Config, model: Transformer, phase: str):
         self.config, self.model, self.folder = config, model, Path(config.out)
-        model.in_bfloat16 = config.dtype == "bfloat16"
+        model.in_bfloat16 = config.dtype == "bfloat16" and multiplies_in_bfloat16(config.device)
         self.base: dict | None = None  # the base model's evaluation
         self.seconds = {"pretrain": 0.0, "grpo": 0.0, "evaluation": 0.0}
         self.log_bytes = 0
@@ -708,7 +715,8 @@ def made_by(config: Config) -> str:
     """What decides the bits, beside the code, the configuration and the seed."""
     cuda = torch.device(config.device).type == "cuda"
     processor = torch.cuda.get_device_name(config.device) if cuda else torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__} on {config.device} ({processor})"
+    dtype = "bfloat16" if config.dtype == "bfloat16" and multiplies_in_bfloat16(config.device) else "float32"
+    return f"torch {torch.__version__} on {config.device} ({processor}) in {dtype}"
 
 
 def parse_config(arguments: list[str]) -> tuple[Config, argparse.ArgumentParser]:
@@ -787,12 +795,21 @@ def find_fault(config: Config) -> str | None:
         return f"--variant {config.variant} has no clip: leave --clip_low and --clip_high out"
     if not any(getattr(config, field.name) for field in fields(config) if field.name.endswith("_weight")):
         return "the weights of the rewards must not all be 0: nothing would be rewarded"
-    if not (config.operators and set(config.operators) <= set(APPLY) and {"+", "-"} & set(config.operators)):
-        return f"--operators {config.operators} must be of {''.join(APPLY)}, + or - among them"
     if not set(config.task.languages) <= set(LANGUAGES) or len(set(config.task.languages)) < len(config.task.languages):
         return f"--languages {config.languages} must be of {','.join(LANGUAGES)}, each at most once"
-    if not 9 <= config.max_total <= MAX_NUMBER:
-        return f"--max_total must be at least 9 and at most {MAX_NUMBER}"
+    if not {"+", "-"} <= set(config.operators) <= set(APPLY):
+        return f"--operators {config.operators} must be of {''.join(APPLY)}, + and - among them"
+    for language in config.task.languages:
+        if not set(config.operators) <= set(LANGUAGES[language].operators):
+            return f"--operators {config.operators}: data/languages.py has no word for one of them in {language}"
+    if not 2 * MAX_OPERAND - 1 <= config.max_total <= MAX_NUMBER:  # or some total has no operation that stays within
+        return f"--max_total must be at least {2 * MAX_OPERAND - 1} and at most {MAX_NUMBER}"
+    if not 2 <= config.max_level <= MAX_STEP - BEYOND:
+        return f"--max_level must be at least 2 and at most {MAX_STEP - BEYOND}: steps have {MAX_STEP} indices"
+    if config.max_seq_len < SMALL_TEXT:
+        return f"--max_seq_len must be at least {SMALL_TEXT}: the corpus's small texts are as long"
+    if config.eval_problems < len(config.evaluated_levels) * len(config.task.languages):
+        return "--eval_problems must be at least one for each level and language"
     if config.curriculum > 1:
         return "--curriculum must be at most 1: it is an accuracy"
     if config.threads > 1024:
@@ -845,17 +862,18 @@ def new_run(config: Config, tokenizer: Tokenizer) -> Run:
         model.to(config.device)
     _, document_ids = encode_document(longest_document(config.max_level, config.task), tokenizer)
     hardest = config.max_level + BEYOND
+    prompt_tokens, _ = encode_document(longest_document(hardest, config.task), tokenizer)
     longest = {
-        f"level {hardest} with --max_new_tokens": prompt_tokens(config, tokenizer, hardest) + config.max_new_tokens,
+        f"level {hardest} with --max_new_tokens": prompt_tokens + config.max_new_tokens,
         f"documents of --max_level {config.max_level}": len(document_ids),
     }
     for name, tokens in longest.items():
         if tokens > config.max_seq_len:
             raise ValueError(f"{name}: {tokens} tokens exceed the context of {config.max_seq_len} (--max_seq_len)")
     run, folder = Run(config, model, "grpo" if config.init else "pretrain"), Path(config.out)
-    if folder.exists():
-        advice = "name another folder with --out, move that one away, or go on with it: --resume"
-        raise ValueError(f"{folder} exists: {advice} {folder}")
+    if os.path.lexists(folder):
+        resume = f", or go on with it: {shlex.join(['--resume', str(folder)])}" if (folder / "last.pt").exists() else ""
+        raise ValueError(f"{folder} exists: name another folder with --out, or move that one away{resume}")
     run.folder = Path(f"{folder}.partial")  # renamed when all is there, so that no run is without last.pt
     try:
         shutil.rmtree(run.folder, ignore_errors=True)  # of a run that was killed right here
@@ -910,7 +928,7 @@ def resumed_run(config: Config, tokenizer: Tokenizer) -> Run:
 
 def write_samples(path: Path, config: Config, tokenizer: Tokenizer, models: dict[str, Transformer]) -> str:
     """What each model says to the same few held-out problems; returns the last of it, to be shown."""
-    problems = sample_problems(config, "samples", 0, 4 * (config.max_level - config.min_level + 1), held_out=True)
+    problems = sample_problems(config, "samples", 0, 4 * len(config.evaluated_levels), held_out=True)
     said = {name: answer_problems(config, model, tokenizer, problems, 1, 1.0) for name, model in models.items()}
     blocks = []
     for i, problem in enumerate(problems):
@@ -930,6 +948,9 @@ def table(base: dict, r1_zero: dict) -> str:
     for name in ("by_language", "apart"):
         for kind in base[name] if len(base["by_language"]) > 1 or name == "apart" else ():
             rows.append((f"pass@1, {'level ' * (name == 'apart')}{kind}", base[name][kind], r1_zero[name][kind]))
+    for asked in base["thinks_in"] if len(base["thinks_in"]) > 1 else ():
+        before, after = (metrics["thinks_in"][asked][asked] for metrics in (base, r1_zero))
+        rows.append((f"asked in {asked}, thinks in it", before, after))
     for level in base["by_level"]:
         rows.append((f"pass@1, level {level}", base["by_level"][level], r1_zero["by_level"][level]))
     for level in base["beyond"]:
@@ -946,6 +967,7 @@ def main(arguments: list[str]) -> None:
     # On a CPU this costs nothing. It replaces one kernel, the compiled gradient of the embedding, in which threads add
     # to the same sums in whatever order they come.
     torch.use_deterministic_algorithms(config.deterministic or config.device.startswith("cpu"))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and here nearly every shape is new
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or matrix products on a GPU refuse
     tokenizer = get_tokenizer()
@@ -953,7 +975,6 @@ def main(arguments: list[str]) -> None:
         check_machine(config)
         if config.dtype == "bfloat16" and not multiplies_in_bfloat16(config.device):
             print(f"{config.device} has no fast bfloat16: matrix products will be in float32")
-            config = replace(config, dtype="float32")
         run = resumed_run(config, tokenizer) if config.resume else new_run(config, tokenizer)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -966,6 +987,9 @@ def main(arguments: list[str]) -> None:
             signal.signal(number, signal.SIG_IGN)  # once more says nothing more
         print(f"\nstopped; {run.saved} is saved. To go on: {resume}", file=sys.stderr)
         sys.exit(128 + stop.args[0])
+    except torch.OutOfMemoryError:
+        advice = "run again with a lower --micro_batch or --prompts"
+        sys.exit(f"train.py: {config.device} has too little memory: {advice}. {run.saved} is saved. To go on: {resume}")
     except BrokenPipeError:
         sys.exit(f"train.py: what it prints is not read any more. {run.saved} is saved. To go on: {resume}")
     except OSError as error:

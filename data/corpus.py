@@ -37,7 +37,7 @@ GUESS = 0.6  # chance that a direct answer is wrong
 SLIP = {"en": 0.15, "ko": 0.30}  # chance that a step goes wrong, in the styles where it can
 SWITCH = {"en": 0.05, "ko": 0.50}  # share of a language's documents that go on in the other, where there are two
 TAGS_AROUND = "<think>{}</think><answer> {}</answer>"
-SMALL_TEXT = 40  # tokens that a small text has at most, about
+SMALL_TEXT = 50  # tokens that a small text has at most
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Document:
 
 
 def document(rng: random.Random, levels: Sequence[int], task: Task = CHAINS, room: int = 96) -> Document:
-    """A random document of at most about `room` tokens; its problem, if it has one, is from the training split and of
-    one of the `levels`."""
+    """A random document. Its problem, if it has one, is from the training split and of one of the `levels`; if it has
+    none, it has at most `room` tokens."""
     (asked,) = rng.choices(task.languages, [LANGUAGE_SHARES[language] for language in task.languages])
     language = asked
     if len(task.languages) > 1 and rng.random() < SWITCH[asked]:
@@ -77,11 +77,12 @@ def document(rng: random.Random, levels: Sequence[int], task: Task = CHAINS, roo
     return Document(problem.prompt, text, style)
 
 
-def longest_document(level: int, task: Task = CHAINS) -> Document:
-    """A document with as many tokens as one about a problem of this level can have: each step is checked and mended."""
+def longest_document(level: int, task: Task = CHAINS, checked: bool = True) -> Document:
+    """A document with as many tokens as one about a problem of this level can have: each step is checked and mended.
+    Or, not `checked`, the longest with clean steps alone."""
     problem = write_problem("1" + (" * 1" if "*" in task.operators else " + 1") * level, task.languages[-1])
-    text = TAGS_AROUND.format(*work(random.Random(0), problem, [problem.language] * level, slip=1.0, checked=True))
-    return Document(problem.prompt, text, "checked")
+    thought, answer = work(random.Random(0), problem, [problem.language] * level, float(checked), checked)
+    return Document(problem.prompt, TAGS_AROUND.format(thought, answer), "checked" if checked else "steps")
 
 
 def work(rng: random.Random, problem: Problem, languages: list[str], slip: float, checked: bool) -> tuple[str, str]:
@@ -131,6 +132,8 @@ def small_sum(rng: random.Random, task: Task, language: str) -> str:
 if __name__ == "__main__":
     rng = random.Random(0)
     task = Task(languages=tuple(sys.argv[1].split(",")) if sys.argv[1:] else Task.languages)
+    if not set(task.languages) <= set(LANGUAGES):
+        sys.exit(f"the languages are {','.join(LANGUAGES)}: python -m data.corpus en,ko")
     for _ in range(10):
         written = document(rng, range(2, 6), task)
         print(f"--- {written.style}\n{written.question}{written.text}")

@@ -8,6 +8,7 @@ Each of the README's tables stands between two comments and is written by this c
 """
 
 import argparse
+import functools
 import json
 import platform
 import re
@@ -38,19 +39,9 @@ class Table:
     rows: dict[str, Callable[[Metrics], float]]
 
 
-def field(name: str) -> Callable[[Metrics], float]:
-    return lambda metrics: metrics[name]
-
-
-def inner(name: str, *keys: str) -> Callable[[Metrics], float]:
-    """The number under several keys; 0 where the last is missing."""
-
-    def number(metrics: Metrics) -> float:
-        for key in (name, *keys):
-            metrics = metrics.get(key, 0)
-        return metrics
-
-    return number
+def at(*keys: str) -> Callable[[dict], float | Metrics]:
+    """What stands under these keys, one within the other."""
+    return lambda metrics: functools.reduce(dict.__getitem__, keys, metrics)
 
 
 def after(**settings: float) -> Callable[[dict], Metrics | None]:
@@ -60,49 +51,49 @@ def after(**settings: float) -> Callable[[dict], Metrics | None]:
 
 TABLES = {
     "cpu": Table(
-        "python train.py --seed SEED",
+        "python train.py --preset cpu --seed SEED",
         Config(),
         (),
-        {"base model": field("base"), "R1-Zero": field("r1_zero")},
+        {"base model": at("base"), "R1-Zero": at("r1_zero")},
         {
-            "right answers, temperature 1 (pass@1)": field("pass@1"),
-            "right answers, greedy": field("greedy"),
-            "right by majority of 8": field("maj@8"),
-            "right at least once in 8 (pass@8)": field("pass@8"),
-            "in the asked format": field("format"),
-            "tokens of a completion": field("completion_tokens"),
+            "right answers, temperature 1 (pass@1)": at("pass@1"),
+            "right answers, greedy": at("greedy"),
+            "right by majority of 8": at("maj@8"),
+            "right at least once in 8 (pass@8)": at("pass@8"),
+            "in the asked format": at("format"),
+            "tokens of a completion": at("completion_tokens"),
         },
     ),
     "language": Table(
-        "python train.py --languages en,ko --max_level 4 --pretrain_steps 8000 --seed SEED --init BASE",
+        "python train.py --preset cpu --languages en,ko --max_level 4 --pretrain_steps 8000 --seed SEED --init BASE",
         Config(languages="en,ko", max_level=4, pretrain_steps=8000),
         ("language_weight", "init"),
         {
-            "base model": field("base"),
+            "base model": at("base"),
             "accuracy and format": after(language_weight=0.0),
             "with `--language_weight 1`": after(language_weight=1.0),
         },
         {
-            "right answers to English questions": inner("by_language", "en"),
-            "right answers to Korean questions": inner("by_language", "ko"),
-            "English questions thought through in English": inner("thinks_in", "en", "en"),
-            "Korean questions thought through in Korean": inner("thinks_in", "ko", "ko"),
-            "Korean questions thought through in English": inner("thinks_in", "ko", "en"),
-            "Korean questions, thoughts in both": inner("thinks_in", "ko", "mixed"),
+            "right answers to English questions": at("by_language", "en"),
+            "right answers to Korean questions": at("by_language", "ko"),
+            "English questions thought through in English": at("thinks_in", "en", "en"),
+            "Korean questions thought through in Korean": at("thinks_in", "ko", "ko"),
+            "Korean questions thought through in English": at("thinks_in", "ko", "en"),
+            "Korean questions, thoughts in both": at("thinks_in", "ko", "mixed"),
         },
     ),
     "curriculum": Table(
-        "python train.py --init out/cpu-grpo-seed0/base.pt --steps 160",
+        "python train.py --preset cpu --init out/cpu-grpo-seed0/base.pt --steps 160",
         Config(steps=160),
         ("curriculum", "init"),
         {
-            "base model": field("base"),
+            "base model": at("base"),
             "levels 2 to 5": after(curriculum=0.0),
             "with `--curriculum 0.8`": after(curriculum=0.8),
         },
         {
-            "levels 2 to 5": field("pass@1"),
-            **{f"level {level}": inner("beyond", str(level)) for level in (6, 7, 8, 9)},
+            "levels 2 to 5": at("pass@1"),
+            **{f"level {level}": at("beyond", str(level)) for level in (6, 7, 8, 9)},
         },
     ),
 }
@@ -123,7 +114,8 @@ def cell(values: list[float]) -> str:
 
 def markdown(name: str, results: dict) -> str:
     table, runs = TABLES[name], results["runs"]
-    columns = [[metrics for run in runs if (metrics := pick(run))] for pick in table.columns.values()]
+    # By seed, as runs from one base model show its numbers twice.
+    columns = [{run["seed"]: pick(run) for run in runs if pick(run)}.values() for pick in table.columns.values()]
     lines = [f"| held-out problems | {' | '.join(table.columns)} |", "| --- " * (1 + len(columns)) + "|"]
     for text, number in table.rows.items():
         lines.append(f"| {text} | {' | '.join(cell([number(metrics) for metrics in column]) for column in columns)} |")

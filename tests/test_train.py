@@ -53,6 +53,12 @@ def test_random_numbers_depend_on_seed_purpose_and_step_alone():
 
 
 def test_problems_of_a_step_share_the_levels_and_keep_to_their_split():
+    levels = {
+        problem.level for step in range(3) for problem in sample_problems(Config(), "any", step, 2, held_out=True)
+    }
+    assert len(levels) == 4, "a rollout with fewer prompts than levels goes on where the last one ended"
+    leaky = sample_problems(Config(min_level=1, max_level=3), "any", 0, 8, held_out=True)
+    assert {problem.level for problem in leaky} == {2, 3}, "level 1 is held out of nothing"
     for held_out in (False, True):
         problems = sample_problems(Config(min_level=2, max_level=5), "any", 3, 64, held_out=held_out)
         assert [sum(problem.level == level for problem in problems) for level in range(2, 6)] == [16] * 4
@@ -496,10 +502,10 @@ def test_evaluation_counts_what_it_says(monkeypatch):
 
     honest = train.sample_problems
 
-    def chosen(config, purpose, step, count, *, held_out, levels):
+    def chosen(config, purpose, step, count, *, held_out, levels=None):
         assert held_out
         if purpose == "evaluation":
-            assert levels == range(2, 3), "level 1 is apart: its problems are steps of others"
+            assert levels is None, "so level 1 is apart: its problems are steps of others"
             return problems
         return honest(config, purpose, step, count, held_out=held_out, levels=levels)
 
@@ -541,7 +547,7 @@ def test_the_language_of_a_thought_is_that_of_all_its_words():
 
 
 def test_the_curriculum_adds_a_level_where_the_hardest_one_passes_and_stops_where_the_context_does(monkeypatch):
-    config = replace(SMALL, max_level=2, steps=4, curriculum=0.5, max_new_tokens=80)  # 96 - 80 leaves room for level 5
+    config = replace(SMALL, max_level=2, steps=4, curriculum=0.5, max_new_tokens=36)  # a thought of 5 steps takes 36
 
     def score(config, problems, completions):
         right = torch.tensor([float(problem.level != 4) for problem in problems]).repeat_interleave(config.group_size)
@@ -557,8 +563,16 @@ def test_the_curriculum_adds_a_level_where_the_hardest_one_passes_and_stops_wher
     assert [record["top_level"] for record in records] == [2] * 4
 
 
+def test_a_task_at_its_bounds_always_has_a_next_operation():
+    for operators, max_total in (("+-", 17), ("+-*", 17), ("+-*", 99)):
+        config = Config(operators=operators, max_total=max_total, max_level=12)
+        assert train.find_fault(replace(config, eval_problems=500)) is None
+        assert len(sample_problems(config, "any", 0, 600, held_out=False)) == 600
+
+
 def test_in_bfloat16_the_old_log_probabilities_are_the_trainers_and_the_gap_is_told(monkeypatch, always_signal):
     """Sampler and trainer round differently there, which as a ratio would be noise."""
+    monkeypatch.setattr(train, "multiplies_in_bfloat16", lambda device: True)
     losses, passes = spy(monkeypatch, "policy_loss"), spy(monkeypatch, "rollout_logps")
     run_grpo(replace(SMALL, steps=1))
     assert not passes, "in float32 they are the sampler's"
@@ -578,7 +592,7 @@ def test_the_gpu_preset_runs_on_a_cpu(tmp_path, capsys):
         "--steps=2",
         "--prompts=4",
         "--group_size=4",
-        "--eval_problems=4",
+        "--eval_problems=14",
         "--eval_samples=8",
     ]
     flags += ["--pretrain_tokens=256", "--max_new_tokens=24", "--device=cpu", f"--out={tmp_path / 'run'}"]
@@ -586,7 +600,7 @@ def test_the_gpu_preset_runs_on_a_cpu(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("cpu has no fast bfloat16: matrix products will be in float32\n")
     config = Config(**json.loads((tmp_path / "run" / "config.json").read_text()))
-    assert (config.dtype, config.max_level, config.languages) == ("float32", 8, "en,ko")
+    assert (config.dtype, config.max_level, config.languages) == ("bfloat16", 8, "en,ko")
     result = json.loads((tmp_path / "run" / "result.json").read_text())["base"]
     assert set(result["by_language"]) == set(result["thinks_in"]) == {"en", "ko"}
     assert set(result["apart"]) == {"1"} and set(result["beyond"]) == {"9", "10", "11", "12"}
@@ -679,11 +693,14 @@ def refused(command, arguments, capsys):
         (["--seed", "99999999999999999999"], "--seed must be at least 0 and below 2**63"),
         (["--pretrain_tokens", "1"], "--pretrain_tokens must be at least --max_seq_len 96"),
         (["--max_level", "9", "--max_new_tokens", "20"], "documents of --max_level 9: 102 tokens exceed the context"),
-        (["--operators", "*"], "--operators * must be of +-*, + or - among them"),
+        (["--operators", "+*"], "--operators +* must be of +-*, + and - among them"),
+        (["--max_level", "1", "--min_level", "1"], "--max_level must be at least 2 and at most 12"),
+        (["--max_level", "13"], "--max_level must be at least 2 and at most 12"),
+        (["--eval_problems", "3"], "--eval_problems must be at least one for each level and language"),
         (["--operators", "+/"], "--operators +/ must be of +-*"),
         (["--languages", "en,fr"], "--languages en,fr must be of en,ko, each at most once"),
         (["--languages", "en,en"], "--languages en,en must be of en,ko, each at most once"),
-        (["--max_total", "100"], "--max_total must be at least 9 and at most 99"),
+        (["--max_total", "16"], "--max_total must be at least 17 and at most 99"),
         (["--curriculum", "2"], "--curriculum must be at most 1"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
         (["--preset", "gpu"], "--device cuda cannot be used here"),
