@@ -1,6 +1,6 @@
 """The words of each language; digits, the indices of steps and R1-Zero's tags are common to all.
 
-Every word here stands in data/tokenizer.py too, to be one token. The particle " 은" never becomes " 는" for that reason.
+Every word here stands in data/tokenizer.py too, to be one token; so the particle " 은" never becomes " 는".
 """
 
 from dataclasses import dataclass
