@@ -100,12 +100,12 @@ def test_saving_more_often_changes_nothing_nor_does_deterministic_on_a_cpu(whole
 
 
 STOP_AFTER = """
-import sys, train
+import signal, sys, train
 honest, left = train.Run.end_step, int(sys.argv[1])
 def end_step(run):
     global left
     left -= 1
-    run.stop_asked = left == 0
+    run.stop_asked = signal.SIGINT if left == 0 else False
     honest(run)
 train.Run.end_step = end_step
 train.main(sys.argv[2:])
