@@ -37,7 +37,7 @@ GUESS = 0.6  # chance that a direct answer is wrong
 SLIP = {"en": 0.15, "ko": 0.30}  # chance that a step goes wrong, in the styles where it can
 SWITCH = {"en": 0.05, "ko": 0.50}  # share of a language's documents that go on in the other, where there are two
 TAGS_AROUND = "<think>{}</think><answer> {}</answer>"
-SMALL_TEXT = 50  # tokens that a small text has at most
+SMALL_TEXT = 48  # tokens that a small text has at most, with what comes after it
 
 
 @dataclass(frozen=True)
