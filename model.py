@@ -91,11 +91,13 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         queries, keys, values = qkv.split(self.heads, dim=1)  # (B, heads, T, head_dim)
         queries, keys = (rotate(x, *angles).to(values.dtype) for x in (queries, keys))
-        if cache is not None:
+        if cache is None:
+            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        else:
             keys, values = cache.write(self.layer, positions, keys, values)  # (B, n_kv_head, S, head_dim)
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+            # The query heads that share keys become queries of one head: with a mask, enable_gqa copies the cache.
+            shared = queries.reshape(B, keys.shape[1], -1, self.head_dim)  # (B, n_kv_head, n_head / n_kv_head * T, ...)
+            attended = F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask).view_as(queries)
         return self.out(attended.transpose(1, 2).reshape(B, T, d_model))
 
 
@@ -175,6 +177,7 @@ class Transformer(nn.Module):
             cache.filled += T
             held = torch.arange(cache.filled, device=tokens.device)
             mask = (held <= positions[:, :, None])[:, None]  # (B, 1, T, S): a token sees its row up to itself
+            mask = mask.repeat(1, 1, self.config.n_head // self.config.n_kv_head, 1)  # for each query head of a group
             cache.lengths = cache.lengths + T
         angles = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, head_dim / 2)
         x = self.embedding(tokens) + self.position(positions)

@@ -37,6 +37,7 @@ class Rollout:
     tokens: Tensor  # (B, T) int64
     mask: Tensor  # (B, T) bool: True exactly on sampled tokens, the end-of-sequence token included
     logps: Tensor  # (B, T) float32: log-probability of each sampled token as it was sampled, 0 elsewhere
+    entropy: Tensor  # (B, T) float32: of the distribution that each sampled token was drawn from, in nats, 0 elsewhere
     finished: Tensor  # (B,) bool: True where the row ended by itself, False where it was cut
 
 
@@ -48,25 +49,28 @@ def mix(x: Tensor) -> Tensor:
 
 
 def uniform(seed: int, rows: Tensor, positions: Tensor) -> Tensor:
-    """Noise in [0, 1), float32, that depends on (seed, row, position) alone: it is computed, not drawn, so no row's
-    noise changes when other rows finish, or when the batch is cut in another way."""
+    """Noise in [0, 1), float32, that depends on (seed, row, position) alone, for rows and positions that broadcast: it
+    is computed, not drawn, so no row's noise changes when other rows finish, or when the batch is cut otherwise."""
     bits = mix(mix(mix(torch.full_like(rows, seed)) + rows) + positions)
     return (bits >> 40 & (1 << 24) - 1) * 2.0**-24
 
 
-def sample_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Turn logits (B, V) and noise (B,) into tokens (B,) and their log-probabilities (B,), by inverting the cumulative
-    distribution. Temperature 0 takes the likeliest token; its log-probability is then that of temperature 1."""
+def sample_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits (B, V) and noise (B,) into tokens, their log-probabilities and the entropy of what they were drawn
+    from, (B,) each, by inverting the cumulative distribution. Temperature 0 takes the likeliest token; the other two
+    are then those of temperature 1."""
     logps = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    probabilities = logps.exp()
+    entropy = -(probabilities * logps).sum(dim=-1)
     if temperature == 0:
         tokens = logps.argmax(dim=-1)
     else:
         # In whole numbers, whose sums do not depend on their order: float sums on a GPU do, from one run to the next.
-        cumulative = (logps.exp() * 2.0**38).long().cumsum(dim=-1)
+        cumulative = (probabilities * 2.0**38).long().cumsum(dim=-1)
         # Of the last sum, which rounding keeps from being 2^38, noise below 1 always falls on a possible token.
         target = (noise[:, None] * 2.0**24).long() * cumulative[:, -1:] >> 24
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return tokens, logps.gather(1, tokens[:, None]).squeeze(1)
+    return tokens, logps.gather(1, tokens[:, None]).squeeze(1), entropy
 
 
 @torch.no_grad()
@@ -110,17 +114,19 @@ def generate(
     tokens = torch.full((B, T), eos_id, device=device)
     tokens[:, :longest] = padded[group]
     mask = torch.zeros((B, T), dtype=torch.bool, device=device)
-    logps = torch.zeros((B, T), device=device)
+    logps, entropy = torch.zeros((B, T), device=device), torch.zeros((B, T), device=device)
+    noise = uniform(seed, first_row + torch.arange(B, device=device)[:, None], torch.arange(T, device=device))
     finished = torch.zeros(B, dtype=torch.bool, device=device)
 
     rows = torch.arange(B, device=device)  # the rows still in the batch
     for step in range(max_new_tokens):
         positions = cache.lengths
-        sampled, sampled_logps = sample_tokens(logits, uniform(seed, rows + first_row, positions), temperature)
+        sampled, sampled_logps, sampled_from = sample_tokens(logits, noise[rows, positions], temperature)
         running = ~finished[rows]
         tokens[rows, positions] = torch.where(running, sampled, eos_id)
         mask[rows, positions] = running
         logps[rows, positions] = torch.where(running, sampled_logps.float(), 0.0)
+        entropy[rows, positions] = torch.where(running, sampled_from.float(), 0.0)
         finished[rows] |= sampled == eos_id
         if step + 1 == max_new_tokens:
             break
@@ -135,7 +141,7 @@ def generate(
         logits = model(sampled[:, None], cache)[:, 0]
 
     width = int(mask.any(dim=0).nonzero().max()) + 1
-    return Rollout(tokens[:, :width], mask[:, :width], logps[:, :width], finished)
+    return Rollout(*(x[:, :width] for x in (tokens, mask, logps, entropy)), finished)
 
 
 def decode_completions(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:

@@ -45,7 +45,7 @@ from data.arithmetic import APPLY, MAX_OPERAND, Problem, Task, make_problem
 from data.corpus import SMALL_TEXT, Document, document, longest_document
 from data.languages import LANGUAGES
 from data.tokenizer import MAX_NUMBER, MAX_STEP, Tokenizer, get_tokenizer
-from grpo import KL_TERMS, VARIANTS, group_advantages, loss_normalizer, policy_loss, token_entropy, token_logps
+from grpo import KL_TERMS, VARIANTS, group_advantages, loss_normalizer, policy_loss, token_logps
 from model import ModelConfig, Transformer, load_tensors, one_line, save_model, save_tensors, write_whole
 from rewards import accuracy_reward, extract_answer, format_reward, language_consistency_reward
 from sample import Rollout, decode_completions, generate, load_policy
@@ -314,23 +314,19 @@ def accumulate_gradient(
     minibatch: Tensor,
     old_logps: Tensor | None = None,
 ) -> Counter:
-    """Add the gradient of the loss of these rows to the model's; return sums of the metrics over their tokens. The old
-    log-probabilities are those of the sampler, if no others are given.
+    """Add the gradient of the loss of these rows to the model's; return sums of the metrics over the tokens of those
+    that went through it. The old log-probabilities are those of the sampler, if no others are given.
 
-    Rows of like length go through the model together and padding is cut off, which changes the cost and not the
-    gradient: what the loss is divided by is counted before.
+    What the loss is divided by is counted over all rows, so the gradient is the same whichever rows go through the
+    model together, and though rows that add nothing to it are left out.
     """
     sums = Counter()
     normalizer = loss_normalizer(rollout.mask[minibatch], config.variant, config.max_new_tokens)
     on_policy = VARIANTS[config.variant].ratio is None
     old_logps = rollout.logps if old_logps is None else old_logps
-    lengths = (rollout.mask * torch.arange(1, rollout.mask.shape[1] + 1, device=minibatch.device)).amax(dim=1)
-    by_length = minibatch[lengths[minibatch].argsort()]
-    for rows in by_length.split(config.micro_batch):
-        width = int(lengths[rows].max())
+    for rows, width in micro_batches(config, rollout, rows_with_gradient(config, advantages, minibatch)):
         tokens, mask, sampled_logps = (x[rows, :width] for x in (rollout.tokens, rollout.mask, rollout.logps))
-        logits = model(tokens)
-        logps = token_logps(logits, tokens, config.temperature)
+        logps = token_logps(model(tokens), tokens, config.temperature)
         loss, metrics = policy_loss(
             logps,
             advantages[rows],
@@ -345,12 +341,28 @@ def accumulate_gradient(
             normalizer=normalizer,
         )
         loss.backward()
-        with torch.no_grad():
-            entropy = token_entropy(logits, config.temperature)[mask].sum()
-            gap = ((logps - sampled_logps) * mask).abs().max()
-        sums.update({name: value.item() for name, value in metrics.items()}, loss=loss.item(), entropy=entropy.item())
-        sums["logp_gap"] = max(sums["logp_gap"], gap.item())
-    return sums
+        gap = ((logps.detach() - sampled_logps) * mask).abs().max().double()
+        sums["logp_gap"] = torch.maximum(gap, torch.as_tensor(sums["logp_gap"]))
+        sums.update({name: value.double() for name, value in metrics.items()}, loss=loss.detach().double())
+    return Counter(dict(zip(sums, torch.stack(list(sums.values())).tolist())))  # one read, where a GPU has to be met
+
+
+def rows_with_gradient(config: Config, advantages: Tensor, rows: Tensor) -> Tensor:
+    """Those of `rows` whose gradient can be other than exactly 0: with a KL all of them, else those with an advantage.
+    Without any, two stay (not one, for which a compiled forward would be made anew): a step of zero gradient is still
+    a step of the optimizer, whose momentum goes on."""
+    kept = rows[advantages[rows] != 0] if config.beta == 0 else rows
+    return kept if len(kept) else rows[:2]
+
+
+def micro_batches(config: Config, rollout: Rollout, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Cut `rows` into micro-batches of as many rows and of like length, each with the width of its longest row, so
+    that little is padding."""
+    position = torch.arange(1, rollout.mask.shape[1] + 1, device=rows.device)
+    lengths, order = (rollout.mask[rows] * position).amax(dim=1).sort()
+    parts = math.ceil(len(rows) / config.micro_batch)
+    for part, length in zip(rows[order].chunk(parts), lengths.chunk(parts)):
+        yield part, int(length[-1])
 
 
 def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
@@ -377,8 +389,9 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
         advantages = advantages.to(config.device)
         # In bfloat16 sampler and trainer round differently: the ratio is then one of two passes of the trainer.
         has_ratio = VARIANTS[config.variant].ratio is not None
-        old_logps = rollout_logps(config, forward, rollout) if model.in_bfloat16 and has_ratio else None
-        ref_logps = rollout_logps(config, reference, rollout) if reference else None
+        trained = rows_with_gradient(config, advantages, torch.arange(len(advantages), device=config.device))
+        old_logps = rollout_logps(config, forward, rollout, trained) if model.in_bfloat16 and has_ratio else None
+        ref_logps = rollout_logps(config, reference, rollout, trained) if reference else None
         sampled = time.perf_counter()
 
         lr = learning_rate(config.lr, step, config.steps, warmup=5, decay_from=0.5)
@@ -420,6 +433,7 @@ def rollout_metrics(
         **{name: values.mean().item() for name, values in rewards.items()},
         **{f"{name}_std": values.std().item() for name, values in rewards.items()},  # over all rows, not by group
         "completion_tokens": rollout.mask.sum(dim=1).float().mean().item(),
+        "entropy": rollout.entropy.sum().item() / int(rollout.mask.sum()),
         "cut": 1 - rollout.finished.float().mean().item(),  # share of completions that met the limit
         "no_signal": (groups == groups[:, :1]).all(dim=1).float().mean().item(),  # share of groups of equal rewards
         "top_level": max(problem.level for problem in problems),
@@ -461,10 +475,14 @@ def update_metrics(updates: list[Counter]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def rollout_logps(config: Config, model: Transformer, rollout: Rollout) -> Tensor:
-    """Log-probabilities (B, T) of a rollout's tokens under a model, in parts that fit the memory."""
-    parts = rollout.tokens.split(config.micro_batch)
-    return torch.cat([token_logps(model(tokens), tokens, config.temperature) for tokens in parts])
+def rollout_logps(config: Config, model: Transformer, rollout: Rollout, rows: Tensor) -> Tensor:
+    """Log-probabilities (B, T) under a model of the tokens of these rows of a rollout; in all other rows, and
+    on tokens that were not sampled, they are the sampler's."""
+    logps = rollout.logps.clone()
+    for part, width in micro_batches(config, rollout, rows):
+        tokens = rollout.tokens[part, :width]
+        logps[part, :width] = token_logps(model(tokens), tokens, config.temperature) * rollout.mask[part, :width]
+    return logps
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

@@ -8,7 +8,7 @@ import torch
 
 import sample
 from data.tokenizer import get_tokenizer
-from grpo import token_logps
+from grpo import token_entropy, token_logps
 from model import ModelConfig, Transformer
 from sample import decode_completions, generate, sample_tokens, uniform
 
@@ -34,7 +34,7 @@ def rows_of(rollout):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.5])
-def test_sampled_log_probabilities_equal_the_training_forwards(temperature):
+def test_sampled_log_probabilities_and_entropy_equal_the_training_forwards(temperature):
     model = make_model()
     rollout = generate(model, PROMPTS, group_size=5, max_new_tokens=6, temperature=temperature, eos_id=EOS, seed=1)
     assert 0 < rollout.finished.sum() < 20, "some rows should end by themselves and some be cut"
@@ -42,6 +42,9 @@ def test_sampled_log_probabilities_equal_the_training_forwards(temperature):
     gap = (logps - rollout.logps)[rollout.mask].abs().max()
     assert gap < 1e-6  # the rollout keeps float32
     assert (rollout.logps[~rollout.mask] == 0).all()
+    gap = (token_entropy(model(rollout.tokens), temperature) - rollout.entropy)[rollout.mask].abs().max()
+    assert gap < 1e-6
+    assert (rollout.entropy[~rollout.mask] == 0).all()
 
 
 def test_sampled_tokens_follow_the_models_distribution():
@@ -133,11 +136,11 @@ def test_temperature_zero_is_greedy_with_the_log_probabilities_of_temperature_on
 def test_no_noise_ever_picks_an_impossible_token():
     logits = torch.tensor([[0.0, -math.inf, 0.0, -math.inf]]).repeat(5, 1)
     noise = torch.tensor([0.0, 0.49, 0.5, 0.75, 1 - 2.0**-24])
-    tokens, _ = sample_tokens(logits, noise, temperature=1.0)
+    tokens, _, _ = sample_tokens(logits, noise, temperature=1.0)
     assert tokens.tolist() == [0, 0, 2, 2, 2]
     many = torch.randn(4000, 402, generator=torch.Generator().manual_seed(0)) * 8
     many[:, -3:] = -math.inf
-    tokens, logps = sample_tokens(many, torch.full((4000,), 1 - 2.0**-24), temperature=1.0)
+    tokens, logps, _ = sample_tokens(many, torch.full((4000,), 1 - 2.0**-24), temperature=1.0)
     assert tokens.max() < 399
     assert logps.isfinite().all()
 

@@ -20,7 +20,7 @@ import torch
 import sample
 import train
 from data.arithmetic import is_for_training, is_held_out, make_problem, write_problem
-from grpo import KL_TERMS, VARIANTS, Variant, loss_normalizer, policy_loss, token_entropy, token_logps
+from grpo import KL_TERMS, VARIANTS, Variant, loss_normalizer, policy_loss, token_logps
 from model import ModelConfig, Transformer, load_model, save_model
 from sample import Rollout, generate
 from tests.small import SHAPE, SHAPE_FLAGS, SMALL, run_grpo, small_model, tokenizer, unsaved
@@ -148,6 +148,52 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimme
     assert sums["loss"] == pytest.approx(loss.item(), abs=1e-10)
     for name, value in metrics.items():
         assert sums[name] == pytest.approx(value.item())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_without_an_advantage_cost_nothing_and_leave_the_gradient_as_it_is(variant, monkeypatch):
+    config = replace(SMALL, variant=variant, micro_batch=4)
+    model, other = small_model().double(), small_model().double()
+    other.init_weights(9)
+    rollout = small_rollout(other)
+    rollout.mask &= rollout.mask.cumsum(dim=1) <= torch.arange(16)[:, None] % 11 + 1
+    advantages = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    advantages[[0, 1, 2, 3, 8, 9, 10, 11, 15]] = 0
+    logps = token_logps(model(rollout.tokens), rollout.tokens)
+    old_logps = None if VARIANTS[variant].ratio is None else rollout.logps
+    loss, _ = policy_loss(
+        logps, advantages, rollout.mask, old_logps=old_logps, variant=variant, max_tokens=config.max_new_tokens
+    )
+    loss.backward()
+    expected = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    seen, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda tokens: seen.append(len(tokens)) or forward(tokens))
+    train.accumulate_gradient(config, model, rollout, advantages, None, torch.arange(16))
+    assert sum(seen) == 7 and max(seen) <= 4
+    for weight, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=1e-10)
+    assert max(gradient.abs().max() for gradient in expected) > 1e-4
+
+    ref_logps = token_logps(other(rollout.tokens), rollout.tokens).detach()
+    seen.clear()
+    with_kl = replace(config, beta=0.1)
+    train.accumulate_gradient(with_kl, model, rollout, advantages, ref_logps, torch.arange(16))
+    assert sum(seen) == 16, "the KL is one of all rows"
+
+
+def test_a_step_in_which_no_row_has_an_advantage_is_a_step_of_zero_gradient():
+    """AdamW's momentum goes on in it, as it does where all rows go through the model."""
+    model = small_model()
+    rollout, optimizer = small_rollout(model), train.make_optimizer(model, weight_decay=0.0)
+    train.accumulate_gradient(SMALL, model, rollout, torch.randn(16), None, torch.arange(16))
+    train.optimizer_step(model, optimizer, 0.01, 1.0)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    sums = train.accumulate_gradient(SMALL, model, rollout, torch.zeros(16), None, torch.arange(16))
+    assert sums["tokens"] > 0 and sums["loss"] == 0
+    assert all(weight.grad is not None and not weight.grad.any() for weight in model.parameters())
+    train.optimizer_step(model, optimizer, 0.01, 1.0)
+    assert max((weight - old).abs().max() for weight, old in zip(model.parameters(), before)) > 1e-3
 
 
 def test_pass_at_k_is_the_share_of_choices_of_k_that_hold_a_right_one():
@@ -409,20 +455,21 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(always_signal
 def test_metrics_of_a_rollout_are_over_all_rows_and_count_what_they_say():
     mask = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1]]).bool()
     finished = torch.tensor([True, True, False, True])
-    rollout = Rollout(torch.zeros(4, 4), mask, torch.zeros(4, 4), finished)
+    rollout = Rollout(torch.zeros(4, 4), mask, torch.zeros(4, 4), mask * 0.5, finished)
     accuracy, form = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     rewards = {"reward": accuracy + form, "accuracy": accuracy, "format": form}
     problems = [write_problem("1 + 2 + 3"), write_problem("1 + 2")]
     assert train.rollout_metrics(Config(group_size=2), rollout, rewards, problems) == {
         "reward": 1.5, "accuracy": 0.75, "format": 0.75,
         "reward_std": pytest.approx((1 / 3) ** 0.5), "accuracy_std": 0.5, "format_std": 0.5,
-        "completion_tokens": 2.0, "cut": 0.25, "no_signal": 1.0, "top_level": 2,
+        "completion_tokens": 2.0, "entropy": 0.5, "cut": 0.25, "no_signal": 1.0, "top_level": 2,
     }  # fmt: skip
     assert train.rollout_metrics(Config(group_size=4), rollout, rewards, problems[:1])["no_signal"] == 0.0
 
 
 def test_metrics_by_language_are_over_the_completions_of_that_languages_questions():
-    rollout = Rollout(torch.zeros(4, 2), torch.ones(4, 2).bool(), torch.zeros(4, 2), torch.ones(4).bool())
+    rollout = Rollout(*torch.zeros(4, 4, 2).bool(), torch.ones(4).bool())
+    rollout.mask[:] = True
     rewards = {"reward": torch.arange(4.0), "accuracy": torch.tensor([1, 1, 0, 1.0]), "language": torch.arange(4.0)}
     problems = [write_problem("1 + 2", "ko"), write_problem("1 + 2")]
     metrics = train.rollout_metrics(Config(group_size=2, languages="en,ko"), rollout, rewards, problems)
@@ -434,32 +481,33 @@ def test_metrics_of_the_updates_are_means_over_tokens_whatever_the_minibatches()
     model = small_model()
     rollout = small_rollout(model)
     rollout.mask &= rollout.mask.cumsum(dim=1) <= torch.arange(16)[:, None] % 11 + 1
-    advantages = torch.ones(16)
-    logits = model(rollout.tokens)
-    expected = token_entropy(logits)[rollout.mask].mean().item()
+    advantages = torch.arange(1.0, 17)
+    logps = token_logps(model(rollout.tokens), rollout.tokens)
+    old_logps = torch.where(rollout.mask, logps.detach() - 0.01 * advantages[:, None], 0)
+    expected = (logps - old_logps).exp()[rollout.mask].mean().item()
     for parts in (1, 3):
         minibatches = torch.arange(16).chunk(parts)
-        updates = [train.accumulate_gradient(SMALL, model, rollout, advantages, None, rows) for rows in minibatches]
+        updates = [
+            train.accumulate_gradient(SMALL, model, rollout, advantages, None, rows, old_logps) for rows in minibatches
+        ]
         for sums in updates:
             sums["grad_norm"] = sums["weight_norm"] = 2.0
         metrics = train.update_metrics(updates)
-        assert metrics["entropy"] == pytest.approx(expected, rel=1e-5)
-        assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
+        assert metrics["ratio"] == pytest.approx(expected, rel=1e-5)
         assert metrics["grad_norm"] == 2.0
 
 
 def test_metrics_of_minibatches_of_unequal_length_are_weighed_by_their_tokens():
     short = Counter(
-        tokens=10, ratio=10.0, k3_old=1.0, entropy=5.0, loss=1.0, grad_norm=3.0, weight_norm=8.0, logp_gap=0.5
+        tokens=10, ratio=10.0, k3_old=1.0, loss=1.0, grad_norm=3.0, weight_norm=8.0, logp_gap=0.5
     )
     long = Counter(
-        tokens=30, ratio=42.0, k3_old=0.0, entropy=3.0, loss=2.0, grad_norm=1.0, weight_norm=9.0, logp_gap=0.7
+        tokens=30, ratio=42.0, k3_old=0.0, loss=2.0, grad_norm=1.0, weight_norm=9.0, logp_gap=0.7
     )
     assert train.update_metrics([short, long]) == pytest.approx(
         {
             "ratio": 1.3,
             "k3_old": 0.025,
-            "entropy": 0.2,
             "loss": 1.5,
             "grad_norm": 2.0,
             "weight_norm": 8.5,
