@@ -41,10 +41,10 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of B sequences in memory allocated once, for up to `capacity` positions each.
+    """Keys and values of up to `rows` sequences in memory allocated once, for up to `capacity` positions each.
 
-    Rows may have different lengths: `lengths` (B,) counts the positions of each row that hold real tokens, and the
-    next token of a row is written there, over whatever padding a ragged prompt left behind.
+    B of them are in use, those at the front. Rows may have different lengths: `lengths` (B,) counts the positions of
+    each that hold real tokens, and its next token is written there, over whatever padding a ragged prompt left behind.
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
@@ -60,12 +60,15 @@ class KVCache:
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][rows, :, positions] = values.transpose(1, 2)
-        return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
+        held = slice(len(positions)), slice(None), slice(self.filled)
+        return self.keys[layer][held], self.values[layer][held]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row named G times is copied G times."""
-        self.keys = self.keys.index_select(1, rows)
-        self.values = self.values.index_select(1, rows)
+        """Keep these rows, in this order, at the front; a row named G times is copied G times."""
+        kept = slice(len(rows)), slice(None), slice(self.filled)
+        for held in (self.keys, self.values):
+            for layer in range(len(held)):  # in place and in parts: memory never used before is slow at first
+                held[layer][kept] = held[layer, :, :, : self.filled].index_select(0, rows)
         self.lengths = self.lengths[rows]
 
 

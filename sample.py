@@ -27,7 +27,8 @@ from grpo import group_advantages
 from model import KVCache, Transformer, load_model
 from rewards import accuracy_reward, extract_answer, format_reward
 
-COMPACT_EVERY = 4  # tokens between two looks at which rows have finished
+LOOK_EVERY = 4  # tokens between two looks at which rows have finished
+WORTH_COMPACTING = 0.9  # share of rows still running below which the others are dropped: it copies the cache
 
 
 @dataclass
@@ -104,7 +105,8 @@ def generate(
     P, B, T = len(prompts), len(prompts) * group_size, longest + max_new_tokens
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     padded = torch.tensor([prompt + [eos_id] * (longest - len(prompt)) for prompt in prompts], device=device)
-    cache = KVCache(model.config, P, T, like=weight.bfloat16() if model.in_bfloat16 else weight)
+    cache = KVCache(model.config, B, T, like=weight.bfloat16() if model.in_bfloat16 else weight)
+    cache.lengths = torch.zeros_like(lengths)  # of P rows, until each is copied G times
     logits = model(padded, cache)[torch.arange(P, device=device), lengths - 1]  # (P, V)
     cache.lengths = lengths
     group = torch.arange(P, device=device).repeat_interleave(group_size)
@@ -131,11 +133,11 @@ def generate(
         if step + 1 == max_new_tokens:
             break
         # Finished rows ride along until they are dropped; to look at each token would stall a GPU at each token.
-        if (step + 1) % COMPACT_EVERY == 0:
+        if (step + 1) % LOOK_EVERY == 0:
             kept = (~finished[rows]).nonzero().squeeze(1)
             if len(kept) == 0:
                 break
-            if len(kept) < len(rows):
+            if len(kept) < WORTH_COMPACTING * len(rows):
                 rows, sampled = rows[kept], sampled[kept]
                 cache.select(kept)
         logits = model(sampled[:, None], cache)[:, 0]

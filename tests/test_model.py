@@ -37,7 +37,8 @@ def test_cache_equals_full_forward_with_ragged_prompts_and_selected_rows(model):
     """Prompts of 2 and 5 tokens are prefilled together; row 1 is copied twice, row 0 once; each goes on by 3 tokens."""
     tokens = random_tokens(2, 5)
     lengths = torch.tensor([2, 5])
-    cache = KVCache(CONFIG, rows=2, capacity=8, like=model.embedding.weight)
+    cache = KVCache(CONFIG, rows=3, capacity=8, like=model.embedding.weight)
+    cache.lengths = torch.zeros_like(lengths)
     model(tokens, cache)
     cache.lengths = lengths
     cache.select(torch.tensor([1, 0, 1]))

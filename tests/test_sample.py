@@ -105,7 +105,7 @@ def test_dropping_finished_rows_changes_no_token(monkeypatch):
     model = make_model()
     rollouts = []
     for every in (1, 3, 10**6):
-        monkeypatch.setattr(sample, "COMPACT_EVERY", every)
+        monkeypatch.setattr(sample, "LOOK_EVERY", every)
         rollouts.append(generate(model, PROMPTS, group_size=6, max_new_tokens=20, eos_id=EOS, seed=2))
     for other in rollouts[1:]:
         assert torch.equal(rollouts[0].tokens, other.tokens)
@@ -119,7 +119,7 @@ def test_finished_rows_stop_costing_and_prompts_are_prefilled_once():
     rollout = generate(model, PROMPTS, group_size=50, max_new_tokens=30, eos_id=EOS, seed=2)
     assert shapes[0] == (4, 7), "4 prompts, padded to the longest"
     needed, computed = int(rollout.mask.sum()), sum(rows for rows, _ in shapes[1:]) + 200
-    assert computed < needed + sample.COMPACT_EVERY * 200
+    assert computed < needed + sample.LOOK_EVERY * 200
     assert computed < 0.7 * 200 * 30
 
 
