@@ -8,6 +8,7 @@ B rows, T token positions, S positions held in the cache, V vocabulary.
 """
 
 import contextlib
+import copy
 import io
 import math
 import os
@@ -70,6 +71,13 @@ class KVCache:
             for layer in range(len(held)):  # in place and in parts: memory never used before is slow at first
                 held[layer][kept] = held[layer, :, :, : self.filled].index_select(0, rows)
         self.lengths = self.lengths[rows]
+
+    def first(self, rows: int, filled: int) -> "KVCache":
+        """The first rows, of which none is longer than `filled`, as a cache in the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values, part.lengths = self.keys[:, :rows], self.values[:, :rows], self.lengths[:rows]
+        part.filled = filled
+        return part
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -181,7 +189,7 @@ class Transformer(nn.Module):
             held = torch.arange(cache.filled, device=tokens.device)
             mask = (held <= positions[:, :, None])[:, None]  # (B, 1, T, S): a token sees its row up to itself
             mask = mask.repeat(1, 1, self.config.n_head // self.config.n_kv_head, 1)  # for each query head of a group
-            cache.lengths = cache.lengths + T
+            cache.lengths += T  # in place: a captured step finds them where they were
         angles = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, head_dim / 2)
         x = self.embedding(tokens) + self.position(positions)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.in_bfloat16):

@@ -29,6 +29,9 @@ from rewards import accuracy_reward, extract_answer, format_reward
 
 LOOK_EVERY = 4  # tokens between two looks at which rows have finished
 WORTH_COMPACTING = 0.9  # share of rows still running below which the others are dropped: it copies the cache
+CAPTURED_LOOK_EVERY = 16  # the first for a CapturedDecoder, whose steps are so short that a look costs several
+FEWEST_ROWS = 64  # a CapturedDecoder has no graphs for fewer: they would take as long
+FILLED_EVERY = 32  # positions by which its graphs differ
 
 
 @dataclass
@@ -40,6 +43,13 @@ class Rollout:
     logps: Tensor  # (B, T) float32: log-probability of each sampled token as it was sampled, 0 elsewhere
     entropy: Tensor  # (B, T) float32: of the distribution that each sampled token was drawn from, in nats, 0 elsewhere
     finished: Tensor  # (B,) bool: True where the row ended by itself, False where it was cut
+
+
+def empty_rollout(B: int, T: int, eos_id: int, device: torch.device) -> Rollout:
+    """B rows of T end-of-sequence tokens, of which none was sampled."""
+    logps, entropy = torch.zeros((2, B, T), device=device)
+    mask = torch.zeros((B, T), dtype=torch.bool, device=device)
+    return Rollout(torch.full((B, T), eos_id, device=device), mask, logps, entropy, finished=mask.any(dim=1))
 
 
 def mix(x: Tensor) -> Tensor:
@@ -74,6 +84,21 @@ def sample_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Te
     return tokens, logps.gather(1, tokens[:, None]).squeeze(1), entropy
 
 
+def draw(
+    rollout: Rollout, noise: Tensor, rows: Tensor, positions: Tensor, logits: Tensor, temperature: float, eos_id: int
+) -> Tensor:
+    """Sample what follows in `rows` (N,) of the rollout from logits (N, V), with the noise (B, T) at `positions` (N,),
+    write it down there in those that have not finished, and return the tokens (N,)."""
+    sampled, logps, entropy = sample_tokens(logits, noise[rows, positions], temperature)
+    running = ~rollout.finished[rows]
+    rollout.tokens[rows, positions] = torch.where(running, sampled, eos_id)
+    rollout.mask[rows, positions] = running
+    rollout.logps[rows, positions] = torch.where(running, logps.float(), 0.0)
+    rollout.entropy[rows, positions] = torch.where(running, entropy.float(), 0.0)
+    rollout.finished[rows] |= sampled == eos_id
+    return sampled
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -85,12 +110,14 @@ def generate(
     eos_id: int,
     seed: int = 0,
     first_row: int = 0,
+    decoder: "CapturedDecoder | None" = None,
 ) -> Rollout:
     """Sample `group_size` completions of each of P prompts: B = P * group_size rows, those of one prompt adjacent.
 
     `first_row` is the number of this call's first row, where a large batch is sampled in parts: the parts then hold
-    what the whole would have held. Raises ValueError for an empty prompt, and for a prompt that does not fit the
-    model's context together with `max_new_tokens`.
+    what the whole would have held. A `decoder` made for this model takes the steps after the first token; what comes
+    out is the same. Raises ValueError for an empty prompt, for a prompt that does not fit the model's context together
+    with `max_new_tokens`, and for a decoder that is too small or another model's.
     """
     longest = max(map(len, prompts))
     limit = model.config.max_seq_len
@@ -99,10 +126,13 @@ def generate(
     if longest + max_new_tokens > limit:
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {limit}")
 
+    P, B, T = len(prompts), len(prompts) * group_size, longest + max_new_tokens
+    if decoder is not None:
+        decoder.check(model, B, T)
+
     # Prefill: each prompt goes through the model once, and its G completions start from copies of its cache.
     weight = model.embedding.weight
     device = weight.device
-    P, B, T = len(prompts), len(prompts) * group_size, longest + max_new_tokens
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     padded = torch.tensor([prompt + [eos_id] * (longest - len(prompt)) for prompt in prompts], device=device)
     cache = KVCache(model.config, B, T, like=weight.bfloat16() if model.in_bfloat16 else weight)
@@ -113,37 +143,135 @@ def generate(
     cache.select(group)
     logits = logits[group]
 
-    tokens = torch.full((B, T), eos_id, device=device)
-    tokens[:, :longest] = padded[group]
-    mask = torch.zeros((B, T), dtype=torch.bool, device=device)
-    logps, entropy = torch.zeros((B, T), device=device), torch.zeros((B, T), device=device)
+    rollout = empty_rollout(B, T, eos_id, device)
+    rollout.tokens[:, :longest] = padded[group]
     noise = uniform(seed, first_row + torch.arange(B, device=device)[:, None], torch.arange(T, device=device))
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
 
     rows = torch.arange(B, device=device)  # the rows still in the batch
-    for step in range(max_new_tokens):
-        positions = cache.lengths
-        sampled, sampled_logps, sampled_from = sample_tokens(logits, noise[rows, positions], temperature)
-        running = ~finished[rows]
-        tokens[rows, positions] = torch.where(running, sampled, eos_id)
-        mask[rows, positions] = running
-        logps[rows, positions] = torch.where(running, sampled_logps.float(), 0.0)
-        entropy[rows, positions] = torch.where(running, sampled_from.float(), 0.0)
-        finished[rows] |= sampled == eos_id
-        if step + 1 == max_new_tokens:
-            break
+    sampled = draw(rollout, noise, rows, cache.lengths, logits, temperature, eos_id)
+    if decoder is not None:
+        decoder.decode(rollout, noise, cache, sampled, max_new_tokens - 1, temperature, eos_id)
+        max_new_tokens = 1
+    for step in range(1, max_new_tokens):
         # Finished rows ride along until they are dropped; to look at each token would stall a GPU at each token.
-        if (step + 1) % LOOK_EVERY == 0:
-            kept = (~finished[rows]).nonzero().squeeze(1)
+        if step % LOOK_EVERY == 0:
+            kept = (~rollout.finished[rows]).nonzero().squeeze(1)
             if len(kept) == 0:
                 break
             if len(kept) < WORTH_COMPACTING * len(rows):
                 rows, sampled = rows[kept], sampled[kept]
                 cache.select(kept)
         logits = model(sampled[:, None], cache)[:, 0]
+        sampled = draw(rollout, noise, rows, cache.lengths, logits, temperature, eos_id)
 
-    width = int(mask.any(dim=0).nonzero().max()) + 1
-    return Rollout(*(x[:, :width] for x in (tokens, mask, logps, entropy)), finished)
+    width = int(rollout.mask.any(dim=0).nonzero().max()) + 1
+    *wide, finished = vars(rollout).values()
+    return Rollout(*(x[:, :width] for x in wide), finished)
+
+
+def corner(x: Tensor, like: Tensor) -> Tensor:
+    """The first entries of x along each dimension, as many as `like` has; in the memory of x."""
+    return x[tuple(map(slice, like.shape))]
+
+
+class CapturedDecoder:
+    """The steps of `generate` after the first token, each replayed on a GPU as one CUDA graph: a hundred small kernels
+    for one launch. Elsewhere the same step runs as it is.
+
+    A graph reads and writes fixed addresses and takes no arguments. So all that a step needs lies in tensors that live
+    as long as the decoder, and what the host knows of a step (how many rows, how many positions) is in the key of the
+    graph, rounded up so that there are few. The weights too are found where they were: a decoder follows those that
+    are changed in place, by an optimizer or by `load_state_dict`, and no others.
+    """
+
+    def __init__(self, model: Transformer, rows: int, positions: int):
+        weight = model.embedding.weight
+        self.model, self.device, self.positions = model, weight.device, positions
+        self.cache = KVCache(model.config, rows, positions, like=weight.bfloat16() if model.in_bfloat16 else weight)
+        self.rollout = empty_rollout(rows, positions, 0, self.device)
+        self.noise = torch.zeros((rows, positions), device=self.device)
+        self.rows = torch.arange(rows, device=self.device)  # the row of the rollout that each row of the cache is
+        self.current = torch.zeros_like(self.rows)  # the last token of each
+        self.sizes = [rows]  # of the batches that have graphs; a batch between two is filled up with finished rows
+        while self.sizes[-1] >= 2 * FEWEST_ROWS:
+            self.sizes.append((self.sizes[-1] + 1) // 2)
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device)  # capture is not allowed on the default one
+            self.pool = torch.cuda.graph_pool_handle()  # one for all graphs: nothing in it outlives a step
+
+    def check(self, model: Transformer, rows: int, positions: int) -> None:
+        if model is not self.model:
+            raise ValueError("the decoder is another model's")
+        if rows > self.sizes[0] or positions > self.positions:
+            limits = f"{self.sizes[0]} rows of {self.positions} positions"
+            raise ValueError(f"{rows} rows of {positions} positions do not fit a decoder for {limits}")
+
+    def decode(
+        self, rollout: Rollout, noise: Tensor, cache: KVCache, sampled: Tensor, steps: int, *constants: float
+    ) -> None:
+        """Continue a rollout (B, T), whose last tokens are `sampled` (B,), by up to `steps` tokens, in place. The
+        constants are temperature and eos_id, of which a graph holds the values."""
+        self.rollout.finished.fill_(True)  # rows that this rollout does not have; what they write is never read
+        self.cache.lengths.zero_()
+        self.rows.copy_(torch.arange(len(self.rows), device=self.device))
+        results = list(zip(vars(self.rollout).values(), vars(rollout).values()))
+        caches = [(getattr(self.cache, name), getattr(cache, name)) for name in ("keys", "values", "lengths")]
+        for mine, given in (*results, *caches, (self.noise, noise), (self.current, sampled)):
+            corner(mine, given).copy_(given)
+        size = self.sizes[0]
+        for step in range(steps):
+            if step % CAPTURED_LOOK_EVERY == 0:
+                size = self.compact(size)
+                if size == 0:
+                    break
+            filled = math.ceil((cache.filled + step + 1) / FILLED_EVERY) * FILLED_EVERY
+            self.replay(size, min(filled, self.positions), *constants)
+        for mine, given in results:
+            given.copy_(corner(mine, given))
+
+    def compact(self, size: int) -> int:
+        """The size of the smallest batch that holds the rows that still run, 0 if none does; where it is below `size`,
+        they move to the front, and finished rows after them."""
+        finished = self.rollout.finished[self.rows[:size]]
+        running = size - int(finished.sum())  # the one wait for the GPU
+        fitting = min(each for each in self.sizes if each >= running) if running else 0
+        if 0 < fitting < size:
+            order = finished.int().argsort(stable=True)[:fitting]
+            for x in (self.rows, self.current, self.cache.lengths):
+                x[:fitting] = x[order]  # indexing copies first: no row is overwritten before it is read
+            for x in (self.cache.keys, self.cache.values):
+                x[:, :fitting] = x.index_select(1, order)
+        return fitting
+
+    def step(self, size: int, filled: int, temperature: float, eos_id: int) -> None:
+        """One token more for the first rows, none of which then holds more than `filled` positions. What is captured:
+        nothing here may wait for the GPU, or come from the host and differ from step to step."""
+        cache = self.cache.first(size, filled - 1)  # the model adds the position that it fills
+        # Autocast keeps the weights it has cast. From a cache filled before the capture, a graph would go on reading
+        # weights of then; without one, the casts are part of the graph and are made anew at each replay.
+        with torch.autocast(self.device.type, enabled=False, cache_enabled=False):
+            logits = self.model(self.current[:size, None], cache)[:, 0]
+        rows = self.rows[:size]
+        self.current[:size] = draw(self.rollout, self.noise, rows, cache.lengths, logits, temperature, eos_id)
+
+    def replay(self, *key) -> None:
+        """A step, from its graph where there is one. The first with a key runs as it is, on a stream of its own: that
+        is the warm-up which a capture needs. To capture it then records kernels and runs none."""
+        if self.device.type != "cuda":
+            self.step(*key)
+        elif key in self.graphs:
+            self.graphs[key].replay()
+        else:
+            main = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(main)
+            with torch.cuda.stream(self.stream):
+                self.step(*key)
+            main.wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                self.step(*key)
+            self.graphs[key] = graph  # only now: an interrupted capture leaves none
 
 
 def decode_completions(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:

@@ -25,6 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -48,7 +49,7 @@ from data.tokenizer import MAX_NUMBER, MAX_STEP, Tokenizer, get_tokenizer
 from grpo import KL_TERMS, VARIANTS, group_advantages, loss_normalizer, policy_loss, token_logps
 from model import ModelConfig, Transformer, load_tensors, one_line, save_model, save_tensors, write_whole
 from rewards import accuracy_reward, extract_answer, format_reward, language_consistency_reward
-from sample import Rollout, decode_completions, generate, load_policy
+from sample import CapturedDecoder, Rollout, decode_completions, generate, load_policy
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
@@ -69,6 +70,7 @@ class Config:
     threads: int = 1  # CPU threads; a second one slowed these small products down by half
     deterministic: bool = False  # on a GPU: only kernels that give the same bits each time; a CPU always does
     compile: bool = False  # compile the training forward: faster steps after a slow start; needs a C++ compiler
+    cuda_graphs: bool = False  # on a GPU: replay each decode step of a rollout as one CUDA graph
     # task
     min_level: int = 2  # operations in the shortest problem
     max_level: int = 5  # operations in the longest one
@@ -196,33 +198,43 @@ def encode_document(written: Document, tokenizer: Tokenizer) -> tuple[int, list[
 
 def document_batches(config: Config, tokenizer: Tokenizer, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of documents, from the one of step `first` on: tokens (B, T), right-padded, and the mask (B, T) of those
-    to predict.
-
-    Documents are drawn by the pool, sorted by length and cut into batches of as many tokens each, so that little is
-    padding; the batches of a pool come in random order. The question of a document is read, not predicted.
-    """
+    to predict. A thread makes the next pool of them while the model learns from this one, mostly outside of Python."""
     pool, skipped = divmod(first, BATCHES_PER_POOL)
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        made = ahead.submit(document_pool, config, tokenizer, pool)
+        while True:
+            batches, pool = made.result(), pool + 1
+            made = ahead.submit(document_pool, config, tokenizer, pool)
+            yield from batches[skipped:]
+            skipped = 0
+
+
+def document_pool(config: Config, tokenizer: Tokenizer, pool: int) -> list[tuple[Tensor, Tensor]]:
+    """The batches of a pool. Its documents are sorted by length and cut into batches of as many tokens each, so that
+    little is padding; the batches come in random order. The question of a document is read, not predicted."""
+    rng = stream(config.seed, "documents", pool)
     levels = range(config.min_level, config.max_level + 1)
-    while True:
-        rng = stream(config.seed, "documents", pool)
-        rows, tokens = [], 0
-        while tokens < BATCHES_PER_POOL * config.pretrain_tokens:
-            rows.append(encode_document(document(rng, levels, config.task, config.max_seq_len), tokenizer))
-            tokens += len(rows[-1][1])
-        rows.sort(key=lambda row: len(row[1]))
-        batches, count = [[] for _ in range(BATCHES_PER_POOL)], 0
-        for row in rows:
-            batches[count * BATCHES_PER_POOL // tokens].append(row)
-            count += len(row[1])
-        rng.shuffle(batches)
-        for batch in batches[skipped:]:
-            width = max(len(ids) for _, ids in batch)
-            ids = torch.tensor([ids + [tokenizer.pad_id] * (width - len(ids)) for _, ids in batch])
-            start = torch.tensor([max(start, 1) for start, _ in batch])  # nothing comes before token 0 to predict it
-            length = torch.tensor([len(ids) for _, ids in batch])
-            position = torch.arange(width)
-            yield ids, (position >= start[:, None]) & (position < length[:, None])
-        pool, skipped = pool + 1, 0
+    rows, tokens = [], 0
+    while tokens < BATCHES_PER_POOL * config.pretrain_tokens:
+        rows.append(encode_document(document(rng, levels, config.task, config.max_seq_len), tokenizer))
+        tokens += len(rows[-1][1])
+    rows.sort(key=lambda row: len(row[1]))
+    batches, count = [[] for _ in range(BATCHES_PER_POOL)], 0
+    for row in rows:
+        batches[count * BATCHES_PER_POOL // tokens].append(row)
+        count += len(row[1])
+    rng.shuffle(batches)
+    return [padded(batch, tokenizer.pad_id) for batch in batches]
+
+
+def padded(batch: list[tuple[int, list[int]]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """The documents that `encode_document` gave, as one tensor, and the mask of what is to be predicted."""
+    width = max(len(ids) for _, ids in batch)
+    ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for _, ids in batch])
+    start = torch.tensor([max(start, 1) for start, _ in batch])  # nothing comes before token 0 to predict it
+    length = torch.tensor([len(ids) for _, ids in batch])
+    position = torch.arange(width)
+    return ids, (position >= start[:, None]) & (position < length[:, None])
 
 
 def learning_rate(peak: float, step: int, steps: int, *, warmup: int, decay_from: float) -> float:
@@ -370,6 +382,8 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
     Its two outer loops are one here: the reference is refreshed every so many steps of the same count."""
     model, reference = run.model, run.reference  # line 3: the reference is the base model
     forward = compiled(config, model)
+    rows = config.prompts * config.group_size
+    decoder = CapturedDecoder(model, rows, config.max_seq_len) if config.cuda_graphs else None
     bar = run.bar()
     for step in bar:
         started = time.perf_counter()
@@ -383,6 +397,7 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
             temperature=config.temperature,
             eos_id=tokenizer.eos_id,
             seed=stream(config.seed, "rollout", step).getrandbits(63),
+            decoder=decoder,
         )
         rewards = score(config, problems, decode_completions(rollout, tokenizer))  # line 8
         advantages = group_advantages(rewards["reward"], config.group_size, VARIANTS[config.variant].scale)  # line 9
@@ -813,6 +828,8 @@ def find_fault(config: Config) -> str | None:
         return f"--variant {config.variant} has no clip: leave --clip_low and --clip_high out"
     if not any(getattr(config, field.name) for field in fields(config) if field.name.endswith("_weight")):
         return "the weights of the rewards must not all be 0: nothing would be rewarded"
+    if config.cuda_graphs and not config.device.startswith("cuda"):
+        return f"--cuda_graphs needs a CUDA device, and --device is {config.device}"
     if not set(config.task.languages) <= set(LANGUAGES) or len(set(config.task.languages)) < len(config.task.languages):
         return f"--languages {config.languages} must be of {','.join(LANGUAGES)}, each at most once"
     if not {"+", "-"} <= set(config.operators) <= set(APPLY):

@@ -768,6 +768,21 @@ def test_bad_flags_are_refused_in_one_line_before_anything_is_written(arguments,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_cuda_graphs_are_refused_without_cuda_and_change_no_step(capsys, monkeypatch):
+    """On a CPU the decoder runs the steps as they are, so that what train.py does with it is tested here."""
+    assert "--cuda_graphs needs a CUDA device" in refused(train.main, ["--device=cpu", "--cuda_graphs"], capsys)
+    model, plain = run_grpo(replace(SMALL, steps=2))
+    decoded, decode = [], sample.CapturedDecoder.decode
+    monkeypatch.setattr(sample.CapturedDecoder, "decode", lambda *args: decoded.append(args[0]) or decode(*args))
+    captured_model, captured = run_grpo(replace(SMALL, steps=2, cuda_graphs=True))
+    assert len(decoded) == 2, "each rollout"
+    assert decoded[0] is decoded[1], "graphs are kept"
+    for name in ("reward", "completion_tokens", "entropy", "loss", "held_out_accuracy"):
+        assert captured[-1][name] == pytest.approx(plain[-1][name], abs=1e-4), name
+    for weight, other in zip(model.parameters(), captured_model.parameters()):
+        torch.testing.assert_close(weight, other, rtol=0, atol=1e-3)
+
+
 def test_without_a_compiler_compile_is_refused_in_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     arguments = ["--compile", "--out", str(tmp_path / "run")]
