@@ -209,7 +209,8 @@ class Variant:
 
     To be maximised: the sum over outputs of per_output(surrogate - beta * KL, mask), divided by normalizer(mask,
     max_tokens); surrogate(ratio, logps, advantages, clip_low, clip_high) gets and gives (B, T), with zeros outside the
-    mask, and per_output gives (B,). A ratio of None makes the variant on-policy: its surrogate gets None.
+    mask, and per_output gives (B,). Where the advantage is 0 a surrogate has no gradient: without a KL, train.py leaves
+    such rows out. A ratio of None makes the variant on-policy: its surrogate gets None.
     The ratio is clipped to [1 - clip_low, 1 + clip_high]; both are None for a surrogate that has no clip. To count
     clipped tokens, `policy_loss` calls the surrogate again with infinite bounds, so pass other parameters to it through
     functools.partial. `scale` is for `group_advantages`: whoever calls that must pass it on.

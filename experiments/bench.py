@@ -4,7 +4,7 @@
     python experiments/bench.py sample --shape 5M --rows 512 --tokens 128 --ends   # rows end by themselves
     python experiments/bench.py step --shape 1M                                    # a step of GRPO, part by part
     python experiments/bench.py step --shape 1M --silent 0.5                       # half of the groups without signal
-    python experiments/bench.py table                                              # all results so far
+    python experiments/bench.py table                                              # the results as the README's table
 
 Peers (`pip install -r experiments/bench-requirements.txt`): Hugging Face `generate` on a LLaMA of the same weights,
 whose logits are compared first, and TRL's GRPOTrainer. What is not installed is named and left out. On a GPU "ours"
@@ -33,6 +33,7 @@ import torch
 
 import train
 from data.tokenizer import get_tokenizer
+from experiments.collect import write_into_readme
 from grpo import group_advantages
 from model import ROTARY_BASE, ModelConfig, Transformer
 from sample import CapturedDecoder, Rollout, decode_completions, generate
@@ -42,7 +43,6 @@ RESULTS = ROOT / "experiments" / "results" / "bench.json"
 VOCABULARY, END = 80, 0
 PROMPT = 16  # tokens
 GROUP = 16
-TRL_MICRO_BATCH = 128  # the fastest of 64, 128 and 512 on a CPU, and a fraction of the memory of the last
 
 SHAPES = {  # layers, heads, key/value heads, width, feed-forward width
     "1M": (4, 4, 4, 128, 352),
@@ -240,7 +240,7 @@ def bench_sample(flags: argparse.Namespace, machine: Machine) -> dict:
         "mean_length": {name: mean(values) for name, values in lengths.items()},
         "roofline": best,
         "share_of_roofline": medians["ours"] / best,
-        "times_faster_than": {name: medians["ours"] / rate for name, rate in medians.items() if name != "ours"},
+        "times_as_fast_as": {name: medians["ours"] / rate for name, rate in medians.items() if name != "ours"},
         "peak_bytes": machine.peak_bytes(),
     }
 
@@ -346,7 +346,7 @@ def trl_trainer(
         def on_step_end(self, *args: object, **kwargs: object) -> None:
             after_step(machine.now() - self.start)
 
-    micro_batch = min(TRL_MICRO_BATCH, flags.rows)
+    micro_batch = min(flags.trl_micro_batch, flags.rows)
     arguments = GRPOConfig(
         output_dir="/tmp/trl-bench",
         per_device_train_batch_size=micro_batch,
@@ -397,16 +397,14 @@ def bench_step(flags: argparse.Namespace, machine: Machine) -> dict:
     seconds = {part: statistics.median(step[part] for step in ours) for part in ours[0]}
     weights = sum(weight.numel() for weight in our_step.model.parameters()) - our_step.model.position.weight.numel()
     update = seconds["forward"] + seconds["backward"]
-    result = {
+    return {
         "seconds": seconds,
         "tokens": our_step.tokens,
         "update_flop_utilisation": 6 * weights * our_step.trained / update / machine.flops_per_second(),
         "peak_bytes": machine.peak_bytes(),
+        "all": {"ours": ours, "TRL": theirs},
+        "times_as_fast_as": {} if None in theirs else {"TRL": statistics.median(theirs) / seconds["whole"]},
     }
-    if theirs[0] is not None:
-        trl = statistics.median(theirs)
-        result |= {"trl_seconds": trl, "times_faster_than": {"TRL": trl / seconds["whole"]}, "all": [ours, theirs]}
-    return result
 
 
 # --------------------------------------------------------------------------------------------------------- results
@@ -414,10 +412,10 @@ def bench_step(flags: argparse.Namespace, machine: Machine) -> dict:
 
 def table(results: list[dict]) -> str:
     """What the README shows: a row for each result."""
-    lines = ["| work | hardware | ours | share of the limit | times faster than |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| work | hardware | ours | share of the limit | times as fast as |", "| --- | --- | --- | --- | --- |"]
     for row in results:
         result, settings = row["result"], row["settings"]
-        peers = ", ".join(f"{ratio:.2f} {name}" for name, ratio in result.get("times_faster_than", {}).items())
+        peers = "; ".join(f"{name}: {ratio:.2f}" for name, ratio in result["times_as_fast_as"].items())
         if row["command"] == "sample":
             length = result["mean_length"]["ours"]
             work = f"sample, {settings['shape']}, {settings['rows']} rows, {length:.0f} of {settings['tokens']} tokens"
@@ -439,7 +437,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens at most [64]")
     parser.add_argument("--ends", action="store_true", help="sample: rows end by themselves")
     parser.add_argument("--silent", type=float, default=0.0, help="step: share of groups without signal [0]")
-    parser.add_argument("--micro_batch", type=int, default=64, help="step: of ours [64]; TRL's is 128")
+    parser.add_argument("--micro_batch", type=int, default=64, help="step: rows that go through our model at once [64]")
+    parser.add_argument("--trl_micro_batch", type=int, default=128, help="step: and through TRL's [128]")
     parser.add_argument("--repeat", type=int, default=3, help="turns that count [3]")
     parser.add_argument("--warmup", type=int, default=1, help="turns before them [1]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -460,6 +459,8 @@ def main(arguments: list[str]) -> None:
         results = [old for old in results if old not in same] + [row]
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
+    if flags.job == "table":
+        write_into_readme("bench: made by experiments/bench.py table", table(results))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,16 @@ def markdown(name: str, results: dict) -> str:
     return "\n".join([*lines, "", f"`{table.command}`, {said}. {machine}."])
 
 
+def write_into_readme(comment: str, text: str) -> None:
+    """Put a text between this comment of the README and the next end."""
+    readme = ROOT / "README.md"
+    before, start, rest = readme.read_text().partition(f"<!-- {comment} -->\n")
+    _, end, following = rest.partition("<!-- end -->")
+    if not (start and end):
+        sys.exit(f"README.md has lost the comments between which the table stands: {comment}")
+    readme.write_text(before + start + text + "\n" + end + following)
+
+
 def read_run(folder: Path, table: Table) -> dict:
     if not (folder / "result.json").is_file():
         sys.exit(f"{folder} is not the folder of a finished run: it holds no result.json")
@@ -152,14 +162,9 @@ def main(arguments: list[str]) -> None:
         "torch": version("torch"),
         "runs": sorted(runs, key=lambda run: (run["seed"], str(run["settings"]))),
     }
-    readme = ROOT / "README.md"
-    before, start, rest = readme.read_text().partition(f"<!-- {args.table}: made by experiments/collect.py -->\n")
-    _, end, following = rest.partition("<!-- end -->")
-    if not (start and end):
-        sys.exit("README.md has lost the comments between which the table stands")
-    (RESULTS / f"{args.table}.json").write_text(json.dumps(results, indent=1) + "\n")
     text = markdown(args.table, results)
-    readme.write_text(before + start + text + "\n" + end + following)
+    write_into_readme(f"{args.table}: made by experiments/collect.py", text)
+    (RESULTS / f"{args.table}.json").write_text(json.dumps(results, indent=1) + "\n")
     print(text)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bias, by_hand, collect, compare, plot
+from experiments import bench, bias, by_hand, collect, compare, plot
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -105,6 +105,49 @@ def test_the_curves_of_runs_are_drawn_from_their_logs(tmp_path, capsys):
         printed = capsys.readouterr()
         assert stop.value.code == 2 and printed.out == ""
         assert complaint in printed.err and printed.err.count("\n") == 1
+
+
+def test_the_benchmark_counts_useful_tokens_and_takes_a_step_apart(tmp_path, monkeypatch, capsys):
+    """Without the peers: what is missing is named, and the rest runs."""
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "bench.json")
+    monkeypatch.setattr(bench, "find_spec", lambda name: None if name in ("transformers", "trl") else True)
+    common = ["--shape", "cpu", "--rows", "32", "--tokens", "12", "--repeat", "2"]
+    bench.main(["sample", *common])
+    bench.main(["sample", *common, "--ends"])
+    bench.main(["step", *common, "--silent", "0.5"])
+    shown = capsys.readouterr().out
+    assert "transformers is not installed" in shown and "trl is not installed" in shown
+    whole, ended, step = (row["result"] for row in json.loads((tmp_path / "bench.json").read_text()))
+    assert whole["mean_length"]["ours"] == 12 > ended["mean_length"]["ours"]
+    for result in (whole, ended):
+        assert result["tokens_per_second"]["ours"] == pytest.approx(sum(result["all"]["ours"]) / 2)
+        assert 0 < result["share_of_roofline"] < 1
+    seconds = dict(step["seconds"])
+    assert seconds.pop("whole") == pytest.approx(sum(seconds.values()), rel=0.2)
+    assert set(seconds) == {"sample", "reward", "forward", "backward", "optimizer", "other"}
+    assert 0 < step["update_flop_utilisation"] < 1
+    assert len(bench.table(json.loads((tmp_path / "bench.json").read_text())).splitlines()) == 2 + 3
+
+
+def test_the_limit_of_the_sampler_is_its_bytes_and_products_counted_one_by_one(monkeypatch):
+    machine = bench.Machine("cpu", bench.torch.float32)
+    monkeypatch.setattr(bench.Machine, "flops_per_second", lambda self: 1e9)
+    monkeypatch.setattr(bench.Machine, "bytes_per_second", lambda self: 1e9)
+    flags = bench.argparse.Namespace(shape="cpu", tokens=5)
+    model = bench.our_model(flags, machine)
+    weights = sum(w.numel() for name, w in model.named_parameters() if not name.startswith("position"))
+    flops, read = 0, 0
+    for length in (5, 2):
+        for new in range(1, length + 1):
+            seen = bench.PROMPT + new
+            flops += 2 * weights + 3 * 4 * seen * 64  # 3 layers: scores and values, 4 heads of 16, a product and a sum
+            read += 3 * 2 * 2 * 16 * seen * 4  # 3 layers, keys and values, 2 heads of 16 in 4 bytes
+    read += 5 * weights * 4  # the weights once a step
+    assert bench.seconds_at_best(model, flags, machine, [5, 2]) == pytest.approx((flops + read) / 1e9)
+
+
+def test_the_readmes_table_of_speed_is_that_of_the_results():
+    assert bench.table(json.loads(bench.RESULTS.read_text())) in README
 
 
 def test_what_is_no_run_is_refused_in_one_line(capsys, tmp_path):

@@ -84,6 +84,14 @@ def test_batches_hold_about_as_many_tokens_as_asked_and_little_padding():
     assert real.sum() / sum(size[1] for size in sizes) > 0.9
 
 
+def test_batches_made_ahead_are_those_of_their_pools_from_any_step_on():
+    config = Config()
+    expected = [batch for pool in range(4) for batch in train.document_pool(config, tokenizer, pool)]
+    for first in (0, 5, 16, 47):
+        for batch, made in zip(expected[first:], document_batches(config, tokenizer, first)):
+            assert torch.equal(batch[0], made[0]) and torch.equal(batch[1], made[1])
+
+
 def test_learning_rate_rises_stays_and_falls():
     rates = [learning_rate(2.0, step, 100, warmup=10, decay_from=0.5) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
