@@ -118,6 +118,11 @@ class Config:
         return Task(self.operators, self.max_total, tuple(self.languages.split(",")))
 
     @property
+    def in_bfloat16(self) -> bool:
+        """Whether matrix products are: in float32 where the device is slow, or nobody knows, in what was asked for."""
+        return self.dtype == "bfloat16" and multiplies_in_bfloat16(self.device)
+
+    @property
     def evaluated_levels(self) -> range:
         """Not level 1: its problems are steps of others, so none of them is held out."""
         return range(max(2, self.min_level), self.max_level + 1)
@@ -613,7 +618,7 @@ class Run:
 
     def __init__(self, config: Config, model: Transformer, phase: str):
         self.config, self.model, self.folder = config, model, Path(config.out)
-        model.in_bfloat16 = config.dtype == "bfloat16" and multiplies_in_bfloat16(config.device)
+        model.in_bfloat16 = config.in_bfloat16
         self.base: dict | None = None  # the base model's evaluation
         self.seconds = {"pretrain": 0.0, "grpo": 0.0, "evaluation": 0.0}
         self.log_bytes = 0
@@ -748,7 +753,7 @@ def made_by(config: Config) -> str:
     """What decides the bits, beside the code, the configuration and the seed."""
     cuda = torch.device(config.device).type == "cuda"
     processor = torch.cuda.get_device_name(config.device) if cuda else torch.backends.cpu.get_cpu_capability()
-    dtype = "bfloat16" if config.dtype == "bfloat16" and multiplies_in_bfloat16(config.device) else "float32"
+    dtype = "bfloat16" if config.in_bfloat16 else "float32"
     return f"torch {torch.__version__} on {config.device} ({processor}) in {dtype}"
 
 
@@ -1008,7 +1013,7 @@ def main(arguments: list[str]) -> None:
     tokenizer = get_tokenizer()
     try:
         check_machine(config)
-        if config.dtype == "bfloat16" and not multiplies_in_bfloat16(config.device):
+        if config.dtype == "bfloat16" and not config.in_bfloat16:
             print(f"{config.device} has no fast bfloat16: matrix products will be in float32")
         run = resumed_run(config, tokenizer) if config.resume else new_run(config, tokenizer)
     except (ValueError, OSError) as error:

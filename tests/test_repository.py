@@ -79,11 +79,10 @@ def test_files_tests_and_flags_that_the_readme_names_exist():
         assert f"def {name}(" in code, name
     for path in re.findall(r"`([a-z_/]+(?:\.py|/))`", README):
         assert (ROOT / path).exists(), path
-    knobs = {field.name for field in train.fields(train.Config)}
-    for flag in re.findall(r"--([a-z_]+)", README):
-        assert flag in knobs | {"help", "checkpoint", "plot", "curves", "careful_weight"}, (
-            flag
-        )  # the last is the README's example
+    scripts = (ROOT / "sample.py", *(ROOT / "experiments").glob("*.py"))
+    knobs = {flag for path in scripts for flag in re.findall(r'"--([a-z_]+)"', path.read_text())}
+    knobs |= {field.name for field in train.fields(train.Config)} | {"help", "careful_weight"}  # README's example
+    assert set(re.findall(r"--([a-z_]+)", README)) <= knobs
 
 
 def test_the_readmes_table_of_the_log_has_each_field_and_no_other():
