@@ -72,12 +72,16 @@ def test_what_is_high_at_the_start_and_what_success_explains_is_no_complaint():
     assert sick(log(cut=lambda done: 0.5 * (1 - done) ** 4)) == []
     assert sick(log(entropy=lambda done: 0.4 * (1 - done) ** 4, no_signal=lambda done: done)) == []
     assert sick(log(held_out_accuracy=lambda done: 0.97)) == []
+    records = log(logp_gap=lambda done: 0.05)
+    records[0]["dtype"] = "bfloat16"
+    assert sick(records) == []
 
 
 def test_what_a_log_does_not_hold_is_not_asked(tmp_path, capsys):
     found = diagnose.diagnose(log(k3_ref=None, k3_old=None, held_out_accuracy=None))
     assert {"reference", "policy step", "held-out accuracy"}.isdisjoint(check.name for check, _, _ in found)
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log(cut=stuck)))
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
     diagnose.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path}: {STEPS} steps of GRPO"
@@ -88,6 +92,7 @@ def test_what_a_log_does_not_hold_is_not_asked(tmp_path, capsys):
 def test_one_step_is_enough_and_no_run_is_refused_in_one_line(tmp_path, capsys):
     assert sick(log()[:1]) == []
     (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "config.json").write_text('{"dtype": "float32"}')
     (tmp_path / "young" / "log.jsonl").write_text('{"phase": "pretrain", "step": 50, "loss": 3.0}\n')
     complaints = {tmp_path / "young": "has no step of GRPO yet", tmp_path: "is not the folder of a run"}
     for folder, complaint in complaints.items():
