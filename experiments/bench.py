@@ -437,7 +437,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens at most [64]")
     parser.add_argument("--ends", action="store_true", help="sample: rows end by themselves")
     parser.add_argument("--silent", type=float, default=0.0, help="step: share of groups without signal [0]")
-    parser.add_argument("--micro_batch", type=int, default=64, help="step: rows that go through our model at once [64]")
+    parser.add_argument("--micro_batch", type=int, default=32, help="step: rows that go through our model at once [32]")
     parser.add_argument("--trl_micro_batch", type=int, default=128, help="step: and through TRL's [128]")
     parser.add_argument("--repeat", type=int, default=3, help="turns that count [3]")
     parser.add_argument("--warmup", type=int, default=1, help="turns before them [1]")
