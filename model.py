@@ -108,7 +108,7 @@ class Attention(nn.Module):
             keys, values = cache.write(self.layer, positions, keys, values)  # (B, n_kv_head, S, head_dim)
             # The query heads that share keys become queries of one head: with a mask, enable_gqa copies the cache.
             shared = queries.reshape(B, keys.shape[1], -1, self.head_dim)  # (B, n_kv_head, n_head / n_kv_head * T, ...)
-            attended = F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask).view_as(queries)
+            attended = F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask).reshape(queries.shape)
         return self.out(attended.transpose(1, 2).reshape(B, T, d_model))
 
 

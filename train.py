@@ -343,6 +343,8 @@ def accumulate_gradient(
     old_logps = rollout.logps if old_logps is None else old_logps
     for rows, width in micro_batches(config, rollout, rows_with_gradient(config, advantages, minibatch)):
         tokens, mask, sampled_logps = (x[rows, :width] for x in (rollout.tokens, rollout.mask, rollout.logps))
+        if config.beta == 0:
+            mask = mask & (advantages[rows] != 0)[:, None]  # so that the metrics too are of rows that teach something
         logps = token_logps(model(tokens), tokens, config.temperature)
         loss, metrics = policy_loss(
             logps,
@@ -366,10 +368,12 @@ def accumulate_gradient(
 
 def rows_with_gradient(config: Config, advantages: Tensor, rows: Tensor) -> Tensor:
     """Those of `rows` whose gradient can be other than exactly 0: with a KL all of them, else those with an advantage.
-    Without any, two stay (not one, for which a compiled forward would be made anew): a step of zero gradient is still
-    a step of the optimizer, whose momentum goes on."""
-    kept = rows[advantages[rows] != 0] if config.beta == 0 else rows
-    return kept if len(kept) else rows[:2]
+    Where they are fewer than two, others fill up: a step of zero gradient is still a step of the optimizer, whose
+    momentum goes on, and a compiled forward would be made anew for a single row."""
+    if config.beta > 0:
+        return rows
+    silent = (advantages[rows] == 0).int()
+    return rows[silent.argsort(stable=True)][: max(2, len(rows) - int(silent.sum()))]
 
 
 def micro_batches(config: Config, rollout: Rollout, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -378,8 +382,8 @@ def micro_batches(config: Config, rollout: Rollout, rows: Tensor) -> Iterator[tu
     position = torch.arange(1, rollout.mask.shape[1] + 1, device=rows.device)
     lengths, order = (rollout.mask[rows] * position).amax(dim=1).sort()
     parts = math.ceil(len(rows) / config.micro_batch)
-    for part, length in zip(rows[order].chunk(parts), lengths.chunk(parts)):
-        yield part, int(length[-1])
+    widths = torch.stack([part[-1] for part in lengths.chunk(parts)]).tolist()  # one wait for a GPU, not one for each
+    yield from zip(rows[order].chunk(parts), widths)
 
 
 def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
@@ -388,7 +392,8 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
     model, reference = run.model, run.reference  # line 3: the reference is the base model
     forward = compiled(config, model)
     rows = config.prompts * config.group_size
-    decoder = CapturedDecoder(model, rows, config.max_seq_len) if config.cuda_graphs else None
+    captured = config.cuda_graphs and config.device.startswith("cuda")  # it may be resumed on a CPU
+    decoder = CapturedDecoder(model, rows, config.max_seq_len) if captured else None
     bar = run.bar()
     for step in bar:
         started = time.perf_counter()
@@ -483,12 +488,13 @@ def highest_level(config: Config, tokenizer: Tokenizer) -> int:
 
 
 def update_metrics(updates: list[Counter]) -> dict[str, float]:
-    """Means over the tokens, or the updates, of a step, from what `accumulate_gradient` summed."""
+    """Means over the tokens, or the updates, of a step, from what `accumulate_gradient` summed. A step without any
+    signal has no tokens, and so no means over them."""
     tokens = sum(sums["tokens"] for sums in updates)
     per_update = ("loss", "grad_norm", "weight_norm")
     apart = ("tokens", "logp_gap", *per_update)
     return {
-        **{name: sum(sums[name] for sums in updates) / tokens for name in updates[0] if name not in apart},
+        **{name: sum(sums[name] for sums in updates) / tokens for name in updates[0] if tokens and name not in apart},
         **{name: np.mean([sums[name] for sums in updates]) for name in per_update},
         "logp_gap": updates[0]["logp_gap"],  # before the first update sampler and trainer are one policy
     }
@@ -833,7 +839,7 @@ def find_fault(config: Config) -> str | None:
         return f"--variant {config.variant} has no clip: leave --clip_low and --clip_high out"
     if not any(getattr(config, field.name) for field in fields(config) if field.name.endswith("_weight")):
         return "the weights of the rewards must not all be 0: nothing would be rewarded"
-    if config.cuda_graphs and not config.device.startswith("cuda"):
+    if config.cuda_graphs and not config.device.startswith("cuda") and not config.resume:
         return f"--cuda_graphs needs a CUDA device, and --device is {config.device}"
     if not set(config.task.languages) <= set(LANGUAGES) or len(set(config.task.languages)) < len(config.task.languages):
         return f"--languages {config.languages} must be of {','.join(LANGUAGES)}, each at most once"

@@ -72,6 +72,9 @@ def test_what_is_high_at_the_start_and_what_success_explains_is_no_complaint():
     assert sick(log(cut=lambda done: 0.5 * (1 - done) ** 4)) == []
     assert sick(log(entropy=lambda done: 0.4 * (1 - done) ** 4, no_signal=lambda done: done)) == []
     assert sick(log(held_out_accuracy=lambda done: 0.97)) == []
+    records = log()
+    del records[5]["k3_old"]  # a step in which no row had an advantage
+    assert sick(records) == []
     records = log(logp_gap=lambda done: 0.05)
     records[0]["dtype"] = "bfloat16"
     assert sick(records) == []

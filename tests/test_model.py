@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model import KVCache, ModelConfig, Transformer, load_model, save_model
 
@@ -47,6 +48,21 @@ def test_cache_equals_full_forward_with_ragged_prompts_and_selected_rows(model):
     for row, source in enumerate([1, 0, 1]):
         whole = torch.cat((tokens[source, : lengths[source]], more[row]))[None]
         torch.testing.assert_close(cached[row], model(whole)[0, -3:], rtol=0, atol=1e-12)
+
+
+def test_attention_may_come_in_any_layout(model, monkeypatch):
+    """A kernel of CUDA, which tests do not have, gives what no view can fold back into heads."""
+    honest = F.scaled_dot_product_attention
+
+    def scattered(*args, **kwargs):
+        return honest(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    tokens = random_tokens(3, 9)
+    expected = model(tokens)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", scattered)
+    cache = KVCache(CONFIG, rows=3, capacity=12, like=model.embedding.weight)
+    cached = torch.cat([model(piece, cache) for piece in tokens.split([4, 1, 1, 3], dim=1)], dim=1)
+    torch.testing.assert_close(cached, expected, rtol=0, atol=1e-12)
 
 
 def test_a_token_sees_itself_and_what_came_before_and_nothing_else(model):

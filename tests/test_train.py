@@ -88,7 +88,8 @@ def test_batches_made_ahead_are_those_of_their_pools_from_any_step_on():
     config = Config()
     expected = [batch for pool in range(4) for batch in train.document_pool(config, tokenizer, pool)]
     for first in (0, 5, 16, 47):
-        for batch, made in zip(expected[first:], document_batches(config, tokenizer, first)):
+        made_ahead = itertools.islice(document_batches(config, tokenizer, first), 64 - first)
+        for batch, made in zip(expected[first:], made_ahead, strict=True):
             assert torch.equal(batch[0], made[0]) and torch.equal(batch[1], made[1])
 
 
@@ -189,6 +190,25 @@ def test_rows_without_an_advantage_cost_nothing_and_leave_the_gradient_as_it_is(
     train.accumulate_gradient(with_kl, model, rollout, advantages, ref_logps, torch.arange(16))
     assert sum(seen) == 16, "the KL is one of all rows"
 
+    for with_signal in (0, 1):  # never a single row, for which a compiled forward would be made anew
+        seen.clear()
+        advantages = torch.arange(16) < with_signal
+        sums = train.accumulate_gradient(config, model, rollout, advantages.float(), None, torch.arange(15, -1, -1))
+        assert seen == [2]
+        assert sums["tokens"] == rollout.mask[:with_signal].sum(), "what fills up is not counted"
+
+
+def test_the_reference_speaks_of_every_row_of_a_rollout(monkeypatch):
+    calls = spy(monkeypatch, "accumulate_gradient")
+    run_grpo(replace(SMALL, steps=3, beta=0.1, lr=0.05, micro_batch=5))
+    base, differing = small_model(), 0.0
+    for args, _, _ in calls:
+        rollout, ref_logps = args[2], args[4]
+        expected = token_logps(base(rollout.tokens), rollout.tokens) * rollout.mask
+        torch.testing.assert_close(ref_logps, expected, rtol=0, atol=1e-5)
+        differing = max(differing, (ref_logps - rollout.logps).abs().max().item())
+    assert differing > 0.01, "the policy should have left its reference"
+
 
 def test_a_step_in_which_no_row_has_an_advantage_is_a_step_of_zero_gradient():
     """AdamW's momentum goes on in it, as it does where all rows go through the model."""
@@ -198,7 +218,7 @@ def test_a_step_in_which_no_row_has_an_advantage_is_a_step_of_zero_gradient():
     train.optimizer_step(model, optimizer, 0.01, 1.0)
     before = [weight.detach().clone() for weight in model.parameters()]
     sums = train.accumulate_gradient(SMALL, model, rollout, torch.zeros(16), None, torch.arange(16))
-    assert sums["tokens"] > 0 and sums["loss"] == 0
+    assert sums["tokens"] == 0 == sums["loss"]
     assert all(weight.grad is not None and not weight.grad.any() for weight in model.parameters())
     train.optimizer_step(model, optimizer, 0.01, 1.0)
     assert max((weight - old).abs().max() for weight, old in zip(model.parameters(), before)) > 1e-3
