@@ -342,9 +342,9 @@ def accumulate_gradient(
     on_policy = VARIANTS[config.variant].ratio is None
     old_logps = rollout.logps if old_logps is None else old_logps
     for rows, width in micro_batches(config, rollout, rows_with_gradient(config, advantages, minibatch)):
-        tokens, mask, sampled_logps = (x[rows, :width] for x in (rollout.tokens, rollout.mask, rollout.logps))
-        if config.beta == 0:
-            mask = mask & (advantages[rows] != 0)[:, None]  # so that the metrics too are of rows that teach something
+        tokens, sampled, sampled_logps = (x[rows, :width] for x in (rollout.tokens, rollout.mask, rollout.logps))
+        # Without a KL the metrics too are of rows that teach something, not of those that only fill up.
+        mask = sampled if config.beta > 0 else sampled & (advantages[rows] != 0)[:, None]
         logps = token_logps(model(tokens), tokens, config.temperature)
         loss, metrics = policy_loss(
             logps,
@@ -360,7 +360,7 @@ def accumulate_gradient(
             normalizer=normalizer,
         )
         loss.backward()
-        gap = ((logps.detach() - sampled_logps) * mask).abs().max().double()
+        gap = ((logps.detach() - sampled_logps) * sampled).abs().max().double()
         sums["logp_gap"] = torch.maximum(gap, torch.as_tensor(sums["logp_gap"]))
         sums.update({name: value.double() for name, value in metrics.items()}, loss=loss.detach().double())
     return Counter(dict(zip(sums, torch.stack(list(sums.values())).tolist())))  # one read, where a GPU has to be met
@@ -392,8 +392,7 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
     model, reference = run.model, run.reference  # line 3: the reference is the base model
     forward = compiled(config, model)
     rows = config.prompts * config.group_size
-    captured = config.cuda_graphs and config.device.startswith("cuda")  # it may be resumed on a CPU
-    decoder = CapturedDecoder(model, rows, config.max_seq_len) if captured else None
+    decoder = CapturedDecoder(model, rows, config.max_seq_len) if config.cuda_graphs else None
     bar = run.bar()
     for step in bar:
         started = time.perf_counter()

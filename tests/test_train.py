@@ -198,7 +198,7 @@ def test_rows_without_an_advantage_cost_nothing_and_leave_the_gradient_as_it_is(
         assert sums["tokens"] == rollout.mask[:with_signal].sum(), "what fills up is not counted"
 
 
-def test_the_reference_speaks_of_every_row_of_a_rollout(monkeypatch):
+def test_the_reference_speaks_of_every_row_of_a_rollout(monkeypatch, always_signal):
     calls = spy(monkeypatch, "accumulate_gradient")
     run_grpo(replace(SMALL, steps=3, beta=0.1, lr=0.05, micro_batch=5))
     base, differing = small_model(), 0.0
