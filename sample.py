@@ -72,7 +72,7 @@ def sample_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Te
     are then those of temperature 1."""
     logps = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
     probabilities = logps.exp()
-    entropy = -(probabilities * logps).sum(dim=-1)
+    entropy = torch.special.entr(probabilities).sum(dim=-1)  # 0 for what is impossible
     if temperature == 0:
         tokens = logps.argmax(dim=-1)
     else:

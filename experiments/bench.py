@@ -6,6 +6,8 @@
     python experiments/bench.py step --shape 1M --silent 0.5                       # half of the groups without signal
     python experiments/bench.py table                                              # the results as the README's table
 
+Each adds to experiments/results/bench.json, and the last writes the README's table.
+
 Peers (`pip install -r experiments/bench-requirements.txt`): Hugging Face `generate` on a LLaMA of the same weights,
 whose logits are compared first, and TRL's GRPOTrainer. What is not installed is named and left out. On a GPU "ours"
 decodes by CUDA graphs, and our plain path is one more contestant. All contestants of a command take turns, and medians
@@ -431,7 +433,9 @@ def table(results: list[dict]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("job", choices=["sample", "step", "table"])
     parser.add_argument("--shape", choices=SHAPES, default="1M")
     parser.add_argument("--rows", type=int, default=512, help="completions, 16 of each prompt [512]")
@@ -445,6 +449,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU [1]")
     flags = parser.parse_args(arguments)
+    if min(flags.repeat, flags.tokens, flags.micro_batch, flags.trl_micro_batch) < 1 or not 0 <= flags.silent <= 1:
+        parser.error("counts must be at least 1, and --silent a share")
     if flags.rows < GROUP or flags.rows % GROUP:
         parser.error(f"--rows must be a multiple of {GROUP}")
     if flags.job == "step" and flags.rows % min(flags.trl_micro_batch, flags.rows):
