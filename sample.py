@@ -52,6 +52,12 @@ def empty_rollout(B: int, T: int, eos_id: int, device: torch.device) -> Rollout:
     return Rollout(torch.full((B, T), eos_id, device=device), mask, logps, entropy, finished=mask.any(dim=1))
 
 
+def new_cache(model: Transformer, rows: int, positions: int) -> KVCache:
+    """An empty cache, in the type in which the model multiplies."""
+    weight = model.embedding.weight
+    return KVCache(model.config, rows, positions, like=weight[:0].bfloat16() if model.in_bfloat16 else weight)
+
+
 def mix(x: Tensor) -> Tensor:
     """The finaliser of splitmix64 (Steele et al. 2014), on int64 that wraps: each bit of x stirs every bit."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
@@ -127,15 +133,16 @@ def generate(
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {limit}")
 
     P, B, T = len(prompts), len(prompts) * group_size, longest + max_new_tokens
-    if decoder is not None:
+    if decoder is None:
+        cache = new_cache(model, B, T)
+    else:
         decoder.check(model, B, T)
+        cache = decoder.cache.first(B, 0)
 
     # Prefill: each prompt goes through the model once, and its G completions start from copies of its cache.
-    weight = model.embedding.weight
-    device = weight.device
+    device = model.embedding.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     padded = torch.tensor([prompt + [eos_id] * (longest - len(prompt)) for prompt in prompts], device=device)
-    cache = KVCache(model.config, B, T, like=weight.bfloat16() if model.in_bfloat16 else weight)
     cache.lengths = torch.zeros_like(lengths)  # of P rows, until each is copied G times
     logits = model(padded, cache)[torch.arange(P, device=device), lengths - 1]  # (P, V)
     cache.lengths = lengths
@@ -185,9 +192,8 @@ class CapturedDecoder:
     """
 
     def __init__(self, model: Transformer, rows: int, positions: int):
-        weight = model.embedding.weight
-        self.model, self.device, self.positions = model, weight.device, positions
-        self.cache = KVCache(model.config, rows, positions, like=weight.bfloat16() if model.in_bfloat16 else weight)
+        self.model, self.device, self.positions = model, model.embedding.weight.device, positions
+        self.cache = new_cache(model, rows, positions)
         self.rollout = empty_rollout(rows, positions, 0, self.device)
         self.noise = torch.zeros((rows, positions), device=self.device)
         self.rows = torch.arange(rows, device=self.device)  # the row of the rollout that each row of the cache is
@@ -216,21 +222,22 @@ class CapturedDecoder:
         self.cache.lengths.zero_()
         self.rows.copy_(torch.arange(len(self.rows), device=self.device))
         results = list(zip(vars(self.rollout).values(), vars(rollout).values()))
-        caches = [(getattr(self.cache, name), getattr(cache, name)) for name in ("keys", "values", "lengths")]
-        for mine, given in (*results, *caches, (self.noise, noise), (self.current, sampled)):
+        given_too = (self.cache.lengths, cache.lengths), (self.noise, noise), (self.current, sampled)
+        for mine, given in (*results, *given_too):
             corner(mine, given).copy_(given)
         size = self.sizes[0]
         for step in range(steps):
+            filled = cache.filled + step
             if step % CAPTURED_LOOK_EVERY == 0:
-                size = self.compact(size)
+                size = self.compact(size, filled)
                 if size == 0:
                     break
-            filled = math.ceil((cache.filled + step + 1) / FILLED_EVERY) * FILLED_EVERY
+            filled = math.ceil((filled + 1) / FILLED_EVERY) * FILLED_EVERY
             self.replay(size, min(filled, self.positions), *constants)
         for mine, given in results:
             given.copy_(corner(mine, given))
 
-    def compact(self, size: int) -> int:
+    def compact(self, size: int, filled: int) -> int:
         """The size of the smallest batch that holds the rows that still run, 0 if none does; where it is below `size`,
         they move to the front, and finished rows after them."""
         finished = self.rollout.finished[self.rows[:size]]
@@ -238,10 +245,11 @@ class CapturedDecoder:
         fitting = min(each for each in self.sizes if each >= running) if running else 0
         if 0 < fitting < size:
             order = finished.int().argsort(stable=True)[:fitting]
-            for x in (self.rows, self.current, self.cache.lengths):
+            kept = self.cache.first(size, filled)
+            kept.select(order)  # in the memory of the cache, but for the lengths
+            self.cache.lengths[:fitting] = kept.lengths
+            for x in (self.rows, self.current):
                 x[:fitting] = x[order]  # indexing copies first: no row is overwritten before it is read
-            for x in (self.cache.keys, self.cache.values):
-                x[:, :fitting] = x.index_select(1, order)
         return fitting
 
     def step(self, size: int, filled: int, temperature: float, eos_id: int) -> None:

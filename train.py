@@ -119,7 +119,7 @@ class Config:
 
     @property
     def in_bfloat16(self) -> bool:
-        """Whether matrix products are: in float32 where the device is slow, or nobody knows, in what was asked for."""
+        """Whether matrix products are: where it was asked for, and the device is known to be fast at it."""
         return self.dtype == "bfloat16" and multiplies_in_bfloat16(self.device)
 
     @property
@@ -343,8 +343,8 @@ def accumulate_gradient(
     old_logps = rollout.logps if old_logps is None else old_logps
     for rows, width in micro_batches(config, rollout, rows_with_gradient(config, advantages, minibatch)):
         tokens, sampled, sampled_logps = (x[rows, :width] for x in (rollout.tokens, rollout.mask, rollout.logps))
-        # Without a KL the metrics too are of rows that teach something, not of those that only fill up.
-        mask = sampled if config.beta > 0 else sampled & (advantages[rows] != 0)[:, None]
+        # The metrics too are of rows that teach something, not of those that only fill up.
+        mask = sampled & has_gradient(config, advantages[rows])[:, None]
         logps = token_logps(model(tokens), tokens, config.temperature)
         loss, metrics = policy_loss(
             logps,
@@ -366,13 +366,15 @@ def accumulate_gradient(
     return Counter(dict(zip(sums, torch.stack(list(sums.values())).tolist())))  # one read, where a GPU has to be met
 
 
+def has_gradient(config: Config, advantages: Tensor) -> Tensor:
+    """Which rows (B,) can have a gradient other than exactly 0: with a KL all of them, else those with an advantage."""
+    return (advantages != 0) | (config.beta > 0)
+
+
 def rows_with_gradient(config: Config, advantages: Tensor, rows: Tensor) -> Tensor:
-    """Those of `rows` whose gradient can be other than exactly 0: with a KL all of them, else those with an advantage.
-    Where they are fewer than two, others fill up: a step of zero gradient is still a step of the optimizer, whose
-    momentum goes on, and a compiled forward would be made anew for a single row."""
-    if config.beta > 0:
-        return rows
-    silent = (advantages[rows] == 0).int()
+    """Those of `rows` that have one. Where they are fewer than two, others fill up: a step of zero gradient is still a
+    step of the optimizer, whose momentum goes on, and a compiled forward would be made anew for a single row."""
+    silent = (~has_gradient(config, advantages[rows])).int()
     return rows[silent.argsort(stable=True)][: max(2, len(rows) - int(silent.sum()))]
 
 

@@ -35,7 +35,7 @@ import torch
 
 import train
 from data.tokenizer import get_tokenizer
-from experiments.collect import write_into_readme
+from experiments.collect import processor_names, write_into_readme
 from grpo import group_advantages
 from model import ROTARY_BASE, ModelConfig, Transformer
 from sample import CapturedDecoder, Rollout, decode_completions, generate
@@ -100,8 +100,7 @@ class Machine:
 def made_with(machine: Machine) -> dict:
     """What a number needs beside it to be read."""
     if machine.device == "cpu":
-        model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = f"{model[0].split(': ')[1] if model else platform.processor()}, {torch.get_num_threads()} thread(s)"
+        name = f"{(processor_names() or [platform.processor()])[0]}, {torch.get_num_threads()} thread(s)"
     else:
         name = torch.cuda.get_device_name()
     packages = [package for package in ("torch", "transformers", "trl") if find_spec(package)]
@@ -119,8 +118,19 @@ def our_model(flags: argparse.Namespace, machine: Machine) -> Transformer:
     return model.to(machine.device)
 
 
+def multiplied_weights(model: Transformer) -> int:
+    """All but the positions', which are looked up."""
+    return sum(weight.numel() for weight in model.parameters()) - model.position.weight.numel()
+
+
+def random_prompts(flags: argparse.Namespace) -> list[list[int]]:
+    """The same for every contestant, none with the end token."""
+    shape = flags.rows // GROUP, PROMPT
+    return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(0)).tolist()
+
+
 def as_llama(model: Transformer, machine: Machine) -> torch.nn.Module:
-    """Hugging Face's LLaMA with the same weights; its logits are compared with ours. Raises AssertionError."""
+    """Hugging Face's LLaMA with the same weights, in float32; its logits are compared with ours, or AssertionError."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ours = model.config
@@ -161,18 +171,17 @@ def as_llama(model: Transformer, machine: Machine) -> torch.nn.Module:
         model.in_bfloat16 = False
         torch.testing.assert_close(llama(tokens).logits, model(tokens), rtol=1e-4, atol=1e-4)
         model.in_bfloat16 = machine.dtype == torch.bfloat16
-    return llama.to(machine.dtype)
+    return llama
 
 
 # ----------------------------------------------------------------------------------------------------- the sampler
 
 
-def seconds_at_best(model: Transformer, flags: argparse.Namespace, machine: Machine, lengths: list[int]) -> float:
+def seconds_at_best(model: Transformer, machine: Machine, lengths: list[int]) -> float:
     """What the arithmetic and the bytes of rows of these lengths take at the rates measured here: keys and values are
     read once per token, and weights multiplied once. (The first token comes from the prompt's pass and the last is not
     read again: 1 to 3 % too much.) On a CPU the two add up, on a GPU the longer one counts."""
-    config = model.config
-    weights = sum(weight.numel() for weight in model.parameters()) - model.position.weight.numel()
+    config, weights = model.config, multiplied_weights(model)
     kv_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * machine.dtype.itemsize
     positions = sum(PROMPT * length + length * (length + 1) / 2 for length in lengths)  # read in all
     attention = 4 * config.n_layer * config.d_model * positions
@@ -198,7 +207,7 @@ def samplers(
     if not find_spec("transformers"):
         print("transformers is not installed (experiments/bench-requirements.txt): no peers")
         return contestants
-    llama = as_llama(model, machine)
+    llama = as_llama(model, machine).to(machine.dtype)
     rows = torch.tensor(prompts, device=machine.device).repeat_interleave(GROUP, dim=0)
 
     @torch.no_grad()
@@ -223,8 +232,7 @@ def samplers(
 
 def bench_sample(flags: argparse.Namespace, machine: Machine) -> dict:
     model = our_model(flags, machine)
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(1, VOCABULARY, (flags.rows // GROUP, PROMPT), generator=generator).tolist()
+    prompts = random_prompts(flags)
     contestants = samplers(model, flags, machine, prompts)
     rates, lengths = {name: [] for name in contestants}, {}
     for turn in range(-flags.warmup, flags.repeat):
@@ -232,24 +240,20 @@ def bench_sample(flags: argparse.Namespace, machine: Machine) -> dict:
             start = machine.now()
             lengths[name] = job()
             if turn >= 0:
-                rate = sum(lengths[name]) / (machine.now() - start)
+                rate, length = sum(lengths[name]) / (machine.now() - start), statistics.mean(lengths[name])
                 rates[name].append(rate)
-                print(f"{name:26} {rate:10,.0f} tokens/s   mean length {mean(lengths[name]):.1f}", flush=True)
-    best = sum(lengths["ours"]) / seconds_at_best(model, flags, machine, lengths["ours"])
+                print(f"{name:26} {rate:10,.0f} tokens/s   mean length {length:.1f}", flush=True)
+    best = sum(lengths["ours"]) / seconds_at_best(model, machine, lengths["ours"])
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "tokens_per_second": medians,
         "all": rates,
-        "mean_length": {name: mean(values) for name, values in lengths.items()},
+        "mean_length": {name: statistics.mean(values) for name, values in lengths.items()},
         "roofline": best,
         "share_of_roofline": medians["ours"] / best,
         "times_as_fast_as": {name: medians["ours"] / rate for name, rate in medians.items() if name != "ours"},
         "process_peak_bytes": machine.peak_bytes(),
     }
-
-
-def mean(values: list[int]) -> float:
-    return sum(values) / len(values)
 
 
 # ---------------------------------------------------------------------------------------------------- a GRPO step
@@ -311,8 +315,8 @@ class OurStep:
         parts.timed("optimizer", train.optimizer_step)(self.model, self.optimizer, 1e-6, 1.0)
         whole = self.machine.now() - start
         self.tokens = int(rollout.mask.sum())
-        self.trained = int((rollout.mask.any(dim=1) & (advantages != 0)).sum()) * PROMPT
-        self.trained += int(rollout.mask[advantages != 0].sum())
+        taught = rollout.mask[advantages != 0]
+        self.trained = len(taught) * PROMPT + int(taught.sum())
         return {**parts.seconds, "other": whole - sum(parts.seconds.values()), "whole": whole}
 
 
@@ -334,7 +338,7 @@ def trl_trainer(
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    llama = as_llama(our_model(flags, machine), machine).float()  # as ours: weights in float32, products by autocast
+    llama = as_llama(our_model(flags, machine), machine)  # as ours: weights in float32, products by autocast
     llama.generation_config.eos_token_id = END
     calls = []
 
@@ -381,8 +385,7 @@ def trl_trainer(
 
 
 def bench_step(flags: argparse.Namespace, machine: Machine) -> dict:
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(1, VOCABULARY, (flags.rows // GROUP, PROMPT), generator=generator).tolist()
+    prompts = random_prompts(flags)
     our_step, ours, theirs = OurStep(flags, machine, prompts), [], []
 
     def turn(their_seconds: float | None = None) -> None:
@@ -398,7 +401,7 @@ def bench_step(flags: argparse.Namespace, machine: Machine) -> dict:
             turn()
     ours, theirs = ours[flags.warmup :], theirs[flags.warmup :]
     seconds = {part: statistics.median(step[part] for step in ours) for part in ours[0]}
-    weights = sum(weight.numel() for weight in our_step.model.parameters()) - our_step.model.position.weight.numel()
+    weights = multiplied_weights(our_step.model)
     update = seconds["forward"] + seconds["backward"]
     return {
         "seconds": seconds,

@@ -99,9 +99,14 @@ TABLES = {
 }
 
 
-def processor() -> str:
+def processor_names() -> list[str]:
+    """One for each core; none where the system does not list them."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+
+
+def processor() -> str:
+    names = processor_names()
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 

@@ -143,7 +143,7 @@ def test_the_limit_of_the_sampler_is_its_bytes_and_products_counted_one_by_one(m
             flops += 2 * weights + 3 * 4 * seen * 64  # 3 layers: scores and values, 4 heads of 16, a product and a sum
             read += 3 * 2 * 2 * 16 * seen * 4  # 3 layers, keys and values, 2 heads of 16 in 4 bytes
     read += 5 * weights * 4  # the weights once a step
-    assert bench.seconds_at_best(model, flags, machine, [5, 2]) == pytest.approx((flops + read) / 1e9)
+    assert bench.seconds_at_best(model, machine, [5, 2]) == pytest.approx((flops + read) / 1e9)
 
 
 def test_the_readmes_table_of_speed_is_that_of_the_results():
