@@ -171,8 +171,9 @@ class Transformer(nn.Module):
                 scale = 1 / math.sqrt(2 * self.config.n_layer) if writes else 1.0
                 nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]), generator=generator)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) for what follows each of `tokens` (B, T) int64, in float32 at least.
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, first: int = 0) -> Tensor:
+        """Logits (B, T - first, V) for what follows each of `tokens` (B, T) int64 from column `first` on, in float32 at
+        least.
 
         Without a cache the rows start at position 0 and are right-padded: attention is causal, so padding never
         reaches a real token. With a cache the tokens continue each row after its `cache.lengths` positions.
@@ -195,7 +196,8 @@ class Transformer(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             for block in self.blocks:
                 x = block(x, angles, positions, mask, cache)
-        logits = F.linear(self.norm(x), self.embedding.weight)  # bfloat16 would be off by a hundredth at logits of 5
+        x = self.norm(x[:, first:])
+        logits = F.linear(x, self.embedding.weight)  # bfloat16 would be off by a hundredth at logits of 5
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

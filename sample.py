@@ -144,7 +144,8 @@ def generate(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     padded = torch.tensor([prompt + [eos_id] * (longest - len(prompt)) for prompt in prompts], device=device)
     cache.lengths = torch.zeros_like(lengths)  # of P rows, until each is copied G times
-    logits = model(padded, cache)[torch.arange(P, device=device), lengths - 1]  # (P, V)
+    shortest = min(map(len, prompts))
+    logits = model(padded, cache, first=shortest - 1)[torch.arange(P, device=device), lengths - shortest]  # (P, V)
     cache.lengths = lengths
     group = torch.arange(P, device=device).repeat_interleave(group_size)
     cache.select(group)

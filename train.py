@@ -341,17 +341,17 @@ def accumulate_gradient(
     normalizer = loss_normalizer(rollout.mask[minibatch], config.variant, config.max_new_tokens)
     on_policy = VARIANTS[config.variant].ratio is None
     old_logps = rollout.logps if old_logps is None else old_logps
-    for rows, width in micro_batches(config, rollout, rows_with_gradient(config, advantages, minibatch)):
-        tokens, sampled, sampled_logps = (x[rows, :width] for x in (rollout.tokens, rollout.mask, rollout.logps))
+    for rows, columns in micro_batches(config, rollout, rows_with_gradient(config, advantages, minibatch)):
+        logps = completion_logps(config, model, rollout, rows, columns)
+        sampled, sampled_logps = (x[rows, columns] for x in (rollout.mask, rollout.logps))
         # The metrics too are of rows that teach something, not of those that only fill up.
         mask = sampled & has_gradient(config, advantages[rows])[:, None]
-        logps = token_logps(model(tokens), tokens, config.temperature)
         loss, metrics = policy_loss(
             logps,
             advantages[rows],
             mask,
-            old_logps=None if on_policy else old_logps[rows, :width],
-            ref_logps=None if ref_logps is None else ref_logps[rows, :width],
+            old_logps=None if on_policy else old_logps[rows, columns],
+            ref_logps=None if ref_logps is None else ref_logps[rows, columns],
             variant=config.variant,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
@@ -378,14 +378,24 @@ def rows_with_gradient(config: Config, advantages: Tensor, rows: Tensor) -> Tens
     return rows[silent.argsort(stable=True)][: max(2, len(rows) - int(silent.sum()))]
 
 
-def micro_batches(config: Config, rollout: Rollout, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Cut `rows` into micro-batches of as many rows and of like length, each with the width of its longest row, so
-    that little is padding."""
+def micro_batches(config: Config, rollout: Rollout, rows: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """Cut `rows` into micro-batches of as many rows and of like length, so that little is padding; each with the
+    columns from the last one that is a prompt's in all of its rows to the end of its longest."""
     position = torch.arange(1, rollout.mask.shape[1] + 1, device=rows.device)
     lengths, order = (rollout.mask[rows] * position).amax(dim=1).sort()
+    prompts = rollout.mask[rows][order].int().argmax(dim=1)  # tokens of each
     parts = math.ceil(len(rows) / config.micro_batch)
-    widths = torch.stack([part[-1] for part in lengths.chunk(parts)]).tolist()  # one wait for a GPU, not one for each
-    yield from zip(rows[order].chunk(parts), widths)
+    starts = torch.stack([part.min() - 1 for part in prompts.chunk(parts)])
+    ends = torch.stack([part[-1] for part in lengths.chunk(parts)])
+    columns = torch.stack((starts, ends), dim=1).tolist()  # one wait for a GPU, not one for each
+    yield from zip(rows[order].chunk(parts), (slice(*part) for part in columns))
+
+
+def completion_logps(config: Config, model: Transformer, rollout: Rollout, rows: Tensor, columns: slice) -> Tensor:
+    """Log-probabilities under a model of what the rollout has in these rows and columns; the first of them is 0. The
+    head, a good part of a small model, reads no prompt."""
+    tokens = rollout.tokens[rows, : columns.stop]
+    return token_logps(model(tokens, first=columns.start), tokens[:, columns], config.temperature)
 
 
 def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
@@ -506,9 +516,8 @@ def rollout_logps(config: Config, model: Transformer, rollout: Rollout, rows: Te
     """Log-probabilities (B, T) under a model of the tokens of these rows of a rollout; in all other rows, and
     on tokens that were not sampled, they are the sampler's."""
     logps = rollout.logps.clone()
-    for part, width in micro_batches(config, rollout, rows):
-        tokens = rollout.tokens[part, :width]
-        logps[part, :width] = token_logps(model(tokens), tokens, config.temperature) * rollout.mask[part, :width]
+    for part, columns in micro_batches(config, rollout, rows):
+        logps[part, columns] = completion_logps(config, model, rollout, part, columns) * rollout.mask[part, columns]
     return logps
 
 

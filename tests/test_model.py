@@ -74,6 +74,13 @@ def test_a_token_sees_itself_and_what_came_before_and_nothing_else(model):
     assert (difference[5:] > 1e-6).all()
 
 
+def test_logits_from_a_column_on_are_those_of_the_whole(model):
+    tokens = random_tokens(3, 9)
+    torch.testing.assert_close(model(tokens, first=4), model(tokens)[:, 4:], rtol=0, atol=1e-12)
+    cache = KVCache(CONFIG, rows=3, capacity=12, like=model.embedding.weight)
+    torch.testing.assert_close(model(tokens, cache, first=8), model(tokens)[:, 8:], rtol=0, atol=1e-12)
+
+
 def test_padding_on_the_right_and_other_rows_do_not_change_a_row(model):
     tokens = random_tokens(4, 10)
     alone = model(tokens[2:3, :6])

@@ -124,10 +124,10 @@ def test_the_language_reward_counts_where_it_has_a_weight_and_is_that_of_the_que
 @pytest.mark.parametrize("micro_batch", [1, 5, 16])
 @pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.1, kl) for kl in KL_TERMS)])
 def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimmed(micro_batch, beta, kl):
-    config = replace(SMALL, micro_batch=micro_batch, beta=beta, kl=kl)
+    config = replace(SMALL, max_level=5, micro_batch=micro_batch, beta=beta, kl=kl)  # prompts of four lengths
     model, other = small_model().double(), small_model().double()
     other.init_weights(9)
-    rollout = small_rollout(other)  # off-policy: ratios are not 1
+    rollout = small_rollout(other, config)  # off-policy: ratios are not 1
     lengths = torch.arange(16)[:, None] % 11 + 1
     rollout.mask &= rollout.mask.cumsum(dim=1) <= lengths  # a random model seldom ends by itself
     advantages = torch.randn(16, generator=torch.Generator().manual_seed(0))
@@ -161,10 +161,10 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut_sorted_or_trimme
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_without_an_advantage_cost_nothing_and_leave_the_gradient_as_it_is(variant, monkeypatch):
-    config = replace(SMALL, variant=variant, micro_batch=4)
+    config = replace(SMALL, max_level=5, variant=variant, micro_batch=4)
     model, other = small_model().double(), small_model().double()
     other.init_weights(9)
-    rollout = small_rollout(other)
+    rollout = small_rollout(other, config)
     rollout.mask &= rollout.mask.cumsum(dim=1) <= torch.arange(16)[:, None] % 11 + 1
     advantages = torch.randn(16, generator=torch.Generator().manual_seed(0))
     advantages[[0, 1, 2, 3, 8, 9, 10, 11, 15]] = 0
@@ -177,7 +177,7 @@ def test_rows_without_an_advantage_cost_nothing_and_leave_the_gradient_as_it_is(
     expected = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
     seen, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda tokens: seen.append(len(tokens)) or forward(tokens))
+    monkeypatch.setattr(model, "forward", lambda tokens, **first: seen.append(len(tokens)) or forward(tokens, **first))
     train.accumulate_gradient(config, model, rollout, advantages, None, torch.arange(16))
     assert sum(seen) == 7 and max(seen) <= 4
     for weight, gradient in zip(model.parameters(), expected):
@@ -196,6 +196,21 @@ def test_rows_without_an_advantage_cost_nothing_and_leave_the_gradient_as_it_is(
         sums = train.accumulate_gradient(config, model, rollout, advantages.float(), None, torch.arange(15, -1, -1))
         assert seen == [2]
         assert sums["tokens"] == rollout.mask[:with_signal].sum(), "what fills up is not counted"
+
+
+def test_the_head_reads_no_prompt_but_its_last_token():
+    config = replace(SMALL, max_level=5, micro_batch=4)
+    model, seen = small_model(), []
+    model.norm.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    rollout = small_rollout(model, config)  # the 4 completions of a prompt are of one length, and so a micro-batch
+    prompts = rollout.mask.int().argmax(dim=1)[::4].tolist()
+    assert len(set(prompts)) == 4 and seen[0] == max(prompts) - min(prompts) + 1, "the prefill"
+    seen.clear()
+    train.accumulate_gradient(config, model, rollout, torch.ones(16), None, torch.arange(16))
+    assert seen == [config.max_new_tokens + 1] * 4
+    seen.clear()
+    train.accumulate_gradient(replace(config, micro_batch=16), model, rollout, torch.ones(16), None, torch.arange(16))
+    assert seen == [config.max_new_tokens + 1 + max(prompts) - min(prompts)]
 
 
 def test_the_reference_speaks_of_every_row_of_a_rollout(monkeypatch, always_signal):
