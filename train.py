@@ -109,7 +109,7 @@ class Config:
     curriculum: float = 0.0  # accuracy at the highest level that adds the next one; 0: never
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     # evaluation
-    eval_every: int = 25  # steps between two quick looks at held-out problems
+    eval_every: int = 10  # steps between two quick looks at held-out problems
     eval_problems: int = 500  # held-out problems of the evaluation before and after
     eval_samples: int = 16  # completions of each
 
@@ -408,19 +408,7 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
     bar = run.bar()
     for step in bar:
         started = time.perf_counter()
-        levels = range(config.min_level, run.top_level + 1)
-        problems = sample_problems(config, "problems", step, config.prompts, held_out=False, levels=levels)  # line 5
-        rollout = generate(  # lines 6-7: the model as it is now is the old policy of every update of this step
-            model,
-            [tokenizer.encode(problem.prompt) for problem in problems],
-            group_size=config.group_size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            eos_id=tokenizer.eos_id,
-            seed=stream(config.seed, "rollout", step).getrandbits(63),
-            decoder=decoder,
-        )
-        rewards = score(config, problems, decode_completions(rollout, tokenizer))  # line 8
+        problems, rollout, rewards = sample_rollout(config, run, tokenizer, step, decoder)  # lines 5-8
         advantages = group_advantages(rewards["reward"], config.group_size, VARIANTS[config.variant].scale)  # line 9
         advantages = advantages.to(config.device)
         # In bfloat16 sampler and trainer round differently: the ratio is then one of two passes of the trainer.
@@ -453,27 +441,49 @@ def grpo(config: Config, run: "Run", tokenizer: Tokenizer) -> None:
         shown = {name: f"{record[name]:.2f}" for name in ("accuracy", "format", "completion_tokens", "entropy")}
         bar.set_postfix(shown)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            record["held_out_accuracy"] = quick_look(config, model, tokenizer)
+            record |= quick_look(config, run, tokenizer)
             shown["held_out_accuracy"] = f"{record['held_out_accuracy']:.2f}"
             bar.write(f"step {step + 1:4}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
         run.log(record)
         run.end_step()
 
 
+def complete(config: Config, model: Transformer, tokenizer: Tokenizer, problems: list[Problem], **how) -> Rollout:
+    """Completions of the prompts of these problems; `how` is what `generate` takes beside them."""
+    prompts = [tokenizer.encode(problem.prompt) for problem in problems]
+    return generate(model, prompts, max_new_tokens=config.max_new_tokens, eos_id=tokenizer.eos_id, **how)
+
+
+def sample_rollout(
+    config: Config, run: "Run", tokenizer: Tokenizer, step: int, decoder: CapturedDecoder | None
+) -> tuple[list[Problem], Rollout, dict[str, Tensor]]:
+    """The problems of a step, what the policy says to them, and the rewards of that. The model as it is now is the old
+    policy of every update of the step."""
+    levels = range(config.min_level, run.top_level + 1)
+    problems = sample_problems(config, "problems", step, config.prompts, held_out=False, levels=levels)
+    seed = stream(config.seed, "rollout", step).getrandbits(63)
+    how = {"group_size": config.group_size, "temperature": config.temperature, "seed": seed, "decoder": decoder}
+    rollout = complete(config, run.model, tokenizer, problems, **how)
+    return problems, rollout, score(config, problems, decode_completions(rollout, tokenizer))
+
+
 def rollout_metrics(
     config: Config, rollout: Rollout, rewards: dict[str, Tensor], problems: list[Problem]
 ) -> dict[str, float]:
     """What a rollout shows, over all of its rows."""
-    groups = rewards["reward"].view(-1, config.group_size)
+    groups, right = rewards["reward"].view(-1, config.group_size), rewards["accuracy"] == 1
+    tokens = rollout.mask.sum(dim=1).float().cpu()
     metrics = {
         **{name: values.mean().item() for name, values in rewards.items()},
         **{f"{name}_std": values.std().item() for name, values in rewards.items()},  # over all rows, not by group
-        "completion_tokens": rollout.mask.sum(dim=1).float().mean().item(),
+        "completion_tokens": tokens.mean().item(),
         "entropy": rollout.entropy.sum().item() / int(rollout.mask.sum()),
         "cut": 1 - rollout.finished.float().mean().item(),  # share of completions that met the limit
         "no_signal": (groups == groups[:, :1]).all(dim=1).float().mean().item(),  # share of groups of equal rewards
         "top_level": max(problem.level for problem in problems),
     }
+    for name, rows in (("right", right), ("wrong", ~right)):
+        metrics |= {f"{name}_tokens": tokens[rows].mean().item()} if rows.any() else {}
     asked = {problem.language for problem in problems}
     for language in sorted(asked) if len(config.task.languages) > 1 else ():
         rows = torch.tensor([problem.language == language for problem in problems]).repeat_interleave(config.group_size)
@@ -541,19 +551,12 @@ def majority_is_right(answers: list[str | None], answer: str) -> bool:
 def answer_problems(
     config: Config, model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int, temperature: float
 ) -> list[list[tuple[str, int]]]:
-    """`samples` completions of each problem, as (text, sampled tokens), by a noise that is the same for every model."""
+    """`samples` completions of each problem, as (text, sampled tokens)."""
     answers, part = [], 128  # problems at a time: what the cache takes is bounded
     for start in tqdm(range(0, len(problems), part), desc="answer", leave=False, dynamic_ncols=True, disable=None):
-        rollout = generate(
-            model,
-            [tokenizer.encode(problem.prompt) for problem in problems[start : start + part]],
-            group_size=samples,
-            max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
-            eos_id=tokenizer.eos_id,
-            seed=stream(config.seed, "evaluation noise", samples).getrandbits(63),
-            first_row=start * samples,
-        )
+        seed = stream(config.seed, "evaluation noise", samples).getrandbits(63)  # the same for every model
+        how = {"group_size": samples, "temperature": temperature, "seed": seed, "first_row": start * samples}
+        rollout = complete(config, model, tokenizer, problems[start : start + part], **how)
         answers += zip(decode_completions(rollout, tokenizer), rollout.mask.sum(dim=1).tolist())
     return [answers[i : i + samples] for i in range(0, len(answers), samples)]
 
@@ -570,10 +573,18 @@ def thought_language(completion: str) -> str:
     return most if shares[most] == 1 else "mixed" if shares[most] else "none"
 
 
-def quick_look(config: Config, model: Transformer, tokenizer: Tokenizer) -> float:
-    """pass@1 on a few held-out problems, the same at each look."""
+def quick_look(config: Config, run: "Run", tokenizer: Tokenizer) -> dict[str, float]:
+    """On a few held-out problems, the same at each look: pass@1, and how far the policy has gone from the base model,
+    KL(policy, base) in nats a token."""
     problems = sample_problems(config, "quick look", 0, 128, held_out=True)
-    return grade(problems, answer_problems(config, model, tokenizer, problems, 4, 1.0)).mean()
+    seed = stream(config.seed, "evaluation noise", 4).getrandbits(63)
+    rollout = complete(config, run.model, tokenizer, problems, group_size=4, seed=seed)
+    texts = decode_completions(rollout, tokenizer)
+    right = [accuracy_reward(text, problems[i // 4].answer) for i, text in enumerate(texts)]
+    rows = torch.arange(len(texts), device=config.device)
+    base_logps = rollout_logps(replace(config, temperature=1.0), run.base_model, rollout, rows)
+    kl = (rollout.logps - base_logps).sum() / rollout.mask.sum()
+    return {"held_out_accuracy": np.mean(right).item(), "base_kl": kl.item()}
 
 
 def evaluate(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:

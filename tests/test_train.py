@@ -297,8 +297,8 @@ def test_sampler_and_trainer_agree_at_every_step_though_the_policy_moves(always_
 def test_logp_gap_shows_a_sampler_that_disagrees(monkeypatch):
     """The bug that this number is for: sampling at one temperature and training at another."""
 
-    def hot(*args, temperature, **kwargs):
-        return generate(*args, temperature=1.3, **kwargs)
+    def hot(*args, **kwargs):
+        return generate(*args, **kwargs | {"temperature": 1.3})
 
     monkeypatch.setattr(train, "generate", hot)
     _, records = run_grpo(replace(SMALL, steps=1))
@@ -464,7 +464,7 @@ def test_the_bar_and_the_log_agree(monkeypatch, always_signal):
     assert shown == [f"loss={record['loss']:.3f}" for record in records]
     assert [record["step"] for record in records] == [50, 70]
     run.begin("grpo")
-    monkeypatch.setattr(train, "quick_look", lambda *args: 0.5)
+    monkeypatch.setattr(train, "quick_look", lambda *args: {"held_out_accuracy": 0.5})
     train.grpo(run.config, run, tokenizer)
     bar, settings, shown = Seen.bars[-1]
     assert (settings["initial"], settings["desc"], bar.n, bar.total) == (0, "grpo", 3, 3)
@@ -496,7 +496,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(always_signal
 
 
 def test_metrics_of_a_rollout_are_over_all_rows_and_count_what_they_say():
-    mask = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1]]).bool()
+    mask = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1]]).bool()  # row 2 is the wrong one
     finished = torch.tensor([True, True, False, True])
     rollout = Rollout(torch.zeros(4, 4), mask, torch.zeros(4, 4), mask * 0.5, finished)
     accuracy, form = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
@@ -506,8 +506,33 @@ def test_metrics_of_a_rollout_are_over_all_rows_and_count_what_they_say():
         "reward": 1.5, "accuracy": 0.75, "format": 0.75,
         "reward_std": pytest.approx((1 / 3) ** 0.5), "accuracy_std": 0.5, "format_std": 0.5,
         "completion_tokens": 2.0, "entropy": 0.5, "cut": 0.25, "no_signal": 1.0, "top_level": 2,
+        "right_tokens": pytest.approx(5 / 3), "wrong_tokens": 3.0,
     }  # fmt: skip
+    assert "wrong_tokens" not in train.rollout_metrics(
+        Config(group_size=2), rollout, rewards | {"accuracy": torch.ones(4)}, problems
+    )
     assert train.rollout_metrics(Config(group_size=4), rollout, rewards, problems[:1])["no_signal"] == 0.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_quick_look_tells_accuracy_and_kl_to_the_base_of_what_is_sampled_at_temperature_1(temperature, monkeypatch):
+    monkeypatch.setattr(train, "accuracy_reward", lambda text, answer: float(len(text) % 2))
+    run, _ = unsaved(replace(SMALL, max_level=3, temperature=temperature), "grpo")
+    assert train.quick_look(run.config, run, tokenizer)["base_kl"] == pytest.approx(0, abs=1e-6), "it is the base"
+    run.model.init_weights(5)
+    looked = spy(monkeypatch, "complete")
+    found = train.quick_look(run.config, run, tokenizer)
+    ((args, _, rollout),) = looked
+    problems, terms = args[3], []
+    assert len(problems) == 128 and all(is_held_out(problem.expression) for problem in problems)
+    with torch.no_grad():
+        for tokens, mask in zip(rollout.tokens, rollout.mask):
+            policy, base = (model(tokens[None])[0].log_softmax(-1) for model in (run.model, run.base_model))
+            terms += [policy[t - 1, tokens[t]] - base[t - 1, tokens[t]] for t in mask.nonzero().flatten()]
+    assert found["base_kl"] == pytest.approx(torch.stack(terms).mean().item(), abs=1e-5)
+    assert found["base_kl"] > 1e-3
+    texts = train.decode_completions(rollout, tokenizer)
+    assert found["held_out_accuracy"] == sum(len(text) % 2 for text in texts) / 512
 
 
 def test_metrics_by_language_are_over_the_completions_of_that_languages_questions():
@@ -541,12 +566,8 @@ def test_metrics_of_the_updates_are_means_over_tokens_whatever_the_minibatches()
 
 
 def test_metrics_of_minibatches_of_unequal_length_are_weighed_by_their_tokens():
-    short = Counter(
-        tokens=10, ratio=10.0, k3_old=1.0, loss=1.0, grad_norm=3.0, weight_norm=8.0, logp_gap=0.5
-    )
-    long = Counter(
-        tokens=30, ratio=42.0, k3_old=0.0, loss=2.0, grad_norm=1.0, weight_norm=9.0, logp_gap=0.7
-    )
+    short = Counter(tokens=10, ratio=10.0, k3_old=1.0, loss=1.0, grad_norm=3.0, weight_norm=8.0, logp_gap=0.5)
+    long = Counter(tokens=30, ratio=42.0, k3_old=0.0, loss=2.0, grad_norm=1.0, weight_norm=9.0, logp_gap=0.7)
     assert train.update_metrics([short, long]) == pytest.approx(
         {
             "ratio": 1.3,
@@ -666,12 +687,13 @@ def test_in_bfloat16_the_old_log_probabilities_are_the_trainers_and_the_gap_is_t
     monkeypatch.setattr(train, "multiplies_in_bfloat16", lambda device: True)
     losses, passes = spy(monkeypatch, "policy_loss"), spy(monkeypatch, "rollout_logps")
     run_grpo(replace(SMALL, steps=1))
-    assert not passes, "in float32 they are the sampler's"
+    assert len(passes) == 1, "that of the quick look: in float32 they are the sampler's"
     losses.clear()
+    passes.clear()
     _, records = run_grpo(replace(SMALL, steps=1, minibatches=1, dtype="bfloat16"))
     assert records[0]["ratio"] == pytest.approx(1, abs=1e-6)
     assert 0 < records[0]["logp_gap"] < 0.1
-    assert len(passes) == 1
+    assert len(passes) == 2
     for (trained, *_), kwargs, _ in losses:
         assert trained.dtype == kwargs["old_logps"].dtype == torch.float32
 
