@@ -1028,7 +1028,8 @@ def table(base: dict, r1_zero: dict) -> str:
     return "\n".join([f"{'held-out problems':28} {'base':>8}   {'R1-Zero':>8}", *lines])
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], program: str = os.path.relpath(__file__)) -> None:
+    """The command line; `program` is what to call to go on with the run, where that is another script."""
     config, parser = parse_config(arguments)
     torch.set_num_threads(config.threads)
     # On a CPU this costs nothing. It replaces one kernel, the compiled gradient of the embedding, in which threads add
@@ -1046,7 +1047,7 @@ def main(arguments: list[str]) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     device = ["--device", config.device] if config.resume and "--device" in arguments else []
-    resume = shlex.join(["python", os.path.relpath(__file__), "--resume", str(run.folder), *device])
+    resume = f"python {program} " + shlex.join(["--resume", str(run.folder), *device])
     try:
         whole_job(config, run, tokenizer)
     except KeyboardInterrupt as stop:

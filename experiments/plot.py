@@ -1,5 +1,6 @@
-"""Draw the curves of one run or several from their logs, as a PNG.
+"""Draw the curves of one run or several from their logs, as a PNG; or, of no run, the README's pictures.
 
+    python experiments/plot.py                                          # from experiments/results
     python experiments/plot.py out/cpu-grpo-seed0                       # -> out/cpu-grpo-seed0/curves.png
     python experiments/plot.py out/cpu-grpo-seed* --out seeds.png
     python experiments/plot.py out/cpu-grpo-seed0 --curves loss,grad_norm --phase pretrain
@@ -83,6 +84,114 @@ def draw_curves(path: Path, logs: dict[str, list[dict]], curves: list[str]) -> N
     print(f"-> {path}")
 
 
+# ------------------------------------------------------------------------------------------- the README's pictures
+
+RESULTS = Path(__file__).parent / "results"
+BASE, GRPO, DR_GRPO, OTHER = "tab:gray", "tab:blue", "tab:orange", "tab:green"
+
+
+def draw_results() -> None:
+    """Each picture from the results that there are, beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    seeds = json.loads((RESULTS / "phenomena.json").read_text())["seeds"]
+    for name, draw, columns in (
+        ("learning", draw_learning, 3),
+        ("pass_at_k", draw_pass_at_k, 4),
+        ("language", draw_language, 2),
+    ):
+        figure, axes = plt.subplots(1, columns, figsize=(10, 3.6), layout="constrained")
+        draw(axes, seeds)
+        figure.savefig(RESULTS / f"{name}.png", dpi=150)
+        plt.close(figure)
+        print(f"-> {RESULTS / name}.png")
+
+
+def draw_spread(axis, logs: list[list[dict]], field: str, start: list[float] | None = None, **look) -> None:
+    """The mean over seeds of a field of their logs, and the range between the lowest and the highest; from `start` at
+    step 0, where that is known. Steps at which a seed has no such field are left out."""
+    by_step = {0: start} if start else {}
+    for log in logs:
+        for record in log:
+            if field in record:
+                by_step.setdefault(record["step"], []).append(record[field])
+    whole = {step: values for step, values in sorted(by_step.items()) if len(values) == len(logs)}
+    low, high = ([pick(values) for values in whole.values()] for pick in (min, max))
+    (line,) = axis.plot(whole, [sum(values) / len(values) for values in whole.values()], **look)
+    axis.fill_between(list(whole), low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def draw_learning(axes, seeds: list[dict]) -> None:
+    """Reward, held-out accuracy and length against steps; GRPO, Dr. GRPO and what they are held against."""
+    logs = {"GRPO": [seed["log"] for seed in seeds], "Dr. GRPO": [seed["dr_grpo"]["log"] for seed in seeds]}
+    colors = {"GRPO": GRPO, "Dr. GRPO": DR_GRPO}
+    base = [seed["base"] for seed in seeds]
+    reward, accuracy, length = axes
+    for name, each in logs.items():
+        draw_spread(reward, each, "reward", color=colors[name], label=name)
+        look = {"color": colors[name], "marker": ".", "label": name}
+        draw_spread(accuracy, each, "held_out_accuracy", [metrics["pass@1"] for metrics in base], **look)
+        draw_spread(length, each, "completion_tokens", color=colors[name], label=name)
+    for name, style in (("right", "--"), ("wrong", ":")):
+        draw_spread(length, logs["GRPO"], f"{name}_tokens", color=GRPO, linestyle=style, label=f"GRPO, {name} answers")
+    lines = {
+        "base, opened": [seed["measured"]["base"]["opened"]["<think>\n#1"] for seed in seeds],
+        "online rejection sampling": [seed["online rejection sampling"]["pass@1"] for seed in seeds],
+        "rejection sampling": [seed["rejection sampling"]["pass@1"] for seed in seeds],
+        "more pretraining": [seed["longer"]["pass@1"] for seed in seeds],
+    }
+    end = max(record["step"] for record in logs["GRPO"][0])
+    for name, values in lines.items():
+        mean = sum(values) / len(values)
+        accuracy.axhline(mean, color=BASE, linestyle="--", linewidth=1)
+        accuracy.annotate(name, (end, mean), ha="right", va="bottom", fontsize=8, color="dimgray")
+    reward.set(title="reward: accuracy + format", xlabel="step of GRPO", ylim=(0, 2.05))
+    accuracy.set(title="right answers, held out (pass@1)", xlabel="step of GRPO", ylim=(0, 1.05))
+    length.set(title="tokens of a completion", xlabel="step of GRPO", ylim=(0, None))
+    reward.legend(fontsize=8, loc="lower right")
+    length.legend(fontsize=8, loc="lower right")
+
+
+def draw_pass_at_k(axes, seeds: list[dict]) -> None:
+    """pass@k of base and R1-Zero: at the hardest trained level, and at three beyond."""
+    highest = max(map(int, seeds[0]["base"]["by_level"]))
+    for axis, level in zip(axes, (highest, highest + 1, highest + 2, highest + 4)):
+        for name, label, color in (("base", "base", BASE), ("r1_zero", "R1-Zero", GRPO)):
+            curves = [seed["measured"][name]["pass@k"][str(level)] for seed in seeds]
+            logs = [[{"step": int(k), "value": value} for k, value in curve.items()] for curve in curves]
+            draw_spread(axis, logs, "value", color=color, marker=".", label=label)
+        beyond = f"{level - highest} beyond" if level > highest else "the hardest trained on"
+        axis.set(title=f"level {level}: {beyond}", xlabel="k", xscale="log", ylim=(0, 1.05))
+        axis.title.set_fontsize(10)
+    axes[0].set_ylabel("pass@k")
+    axes[0].legend(fontsize=9, loc="lower right")
+
+
+def draw_language(axes, seeds: list[dict]) -> None:
+    """What becomes of Korean questions, seed by seed, without and with the language reward."""
+    fields = {
+        "language_ko": "share of the thought's words that are Korean",
+        "accuracy_ko": "right answers",
+    }
+    for axis, (field, title) in zip(axes, fields.items()):
+        for name, label, color in (
+            ("language", "accuracy + format", GRPO),
+            ("language_reward", "accuracy + format + language", OTHER),
+        ):
+            for i, seed in enumerate(seeds):
+                points = [(record["step"], record[field]) for record in seed[name]["log"]]
+                axis.plot(
+                    *zip(*points), color=color, linewidth=1.2, label=f"{label}, a line a seed" if i == 0 else None
+                )
+        axis.set(title=f"Korean questions: {title}", xlabel="step of GRPO", ylim=(0, 1.05))
+        axis.title.set_fontsize(10)
+    axes[1].legend(fontsize=8, loc="lower right")
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="plot.py",
@@ -90,11 +199,15 @@ def main(arguments: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", nargs="+", type=Path, help="folder of a run")
+    parser.add_argument("run", nargs="*", type=Path, help="folder of a run [none: the README's pictures]")
     parser.add_argument("--out", metavar="FILE", type=Path, help="the picture [curves.png in the first folder]")
     parser.add_argument("--phase", choices=list(CURVES), default="grpo", help="pretrain or grpo [grpo]")
     parser.add_argument("--curves", metavar="A,B,...", help=f"fields of the log to draw [{CURVES['grpo']}]")
     args = parser.parse_args(arguments)
+    if not args.run:
+        check_picture(parser, "plot.py", RESULTS / "learning.png")
+        draw_results()
+        return
     try:
         logs = {str(folder): read_log(folder, args.phase) for folder in args.run}
     except ValueError as error:

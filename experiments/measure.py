@@ -1,0 +1,290 @@
+"""What a run's base model and its R1-Zero do differently: many completions of few held-out problems, taken apart.
+
+    python experiments/measure.py out/cpu-grpo-seed0      # -> out/cpu-grpo-seed0/measured.json
+
+From one sample of each model: pass@k, majority votes, lengths, styles, and the checks that it makes of its own steps.
+Then the base model helped to a thought, and checks of steps that were written for it.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms above it
+
+from data.arithmetic import APPLY, Problem
+from data.languages import LANGUAGES
+from data.tokenizer import Tokenizer, get_tokenizer
+from model import Transformer, load_tensors, write_whole
+from rewards import accuracy_reward, extract_answer
+from sample import decode_completions, generate, load_policy
+from train import BEYOND, Config, majority_is_right, pass_at_k, sample_problems, stream
+
+OPENINGS = ("<think>", "<think>\n#1")  # what the base model is helped with
+ROWS = 1024  # completions sampled at once
+OPERATORS = {word: sign for language in LANGUAGES.values() for sign, word in language.operators.items()}
+EQUALS, RIGHT, WRONG = (
+    "|".join({getattr(each, name) for each in LANGUAGES.values()}) for name in ("equals", "right", "wrong")
+)
+STEP = re.compile(rf"#\d+ (\d+) ({'|'.join(OPERATORS)}) (\d+) (?:{EQUALS}) (\d+)(?: (?:({RIGHT})|({WRONG}) (\d+)))?")
+
+Completion = tuple[str, int]  # its text, and how many tokens were sampled for it
+
+
+# ---------------------------------------------------------------------------------------- what a completion shows
+
+
+def style_of(text: str) -> str:
+    """ "checked" if any step is looked at again, "steps" if there is one, else "glib"."""
+    steps = STEP.findall(text)
+    if any(right or wrong for *_, right, wrong, _ in steps):
+        return "checked"
+    return "steps" if steps else "glib"
+
+
+def says(text: str, answer: str) -> bool:
+    """The lenient reading: whether the last number is the answer, in a tag or not."""
+    return re.findall("[0-9]+", text)[-1:] == [answer]
+
+
+def checks(text: str) -> Counter:
+    """Of the steps that were looked at again: how many were right and wrong, as additions and so on of the numbers that
+    they name, and how many of each were called wrong; of the wrong ones so called, how many were mended."""
+    counts = Counter()
+    for total, word, operand, said, right, wrong, mended in STEP.findall(text):
+        if right or wrong:
+            truth = max(0, APPLY[OPERATORS[word]](int(total), int(operand)))
+            kind = "right" if int(said) == truth else "wrong"
+            counts += Counter({kind: 1, f"{kind}, called wrong": int(bool(wrong))})
+            counts["wrong, mended"] += kind == "wrong" and mended == str(truth)
+    return counts
+
+
+# ------------------------------------------------------------------------------------------- what a model is like
+
+
+def ask(
+    config: Config, model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int, opening: str = ""
+) -> list[list[Completion]]:
+    """`samples` completions of each problem at temperature 1, after an opening that is then part of their text. The
+    same noise for every model."""
+    answers, part = [], max(1, ROWS // samples)
+    begun = tokenizer.encode(opening, tags=True)
+    seed = stream(config.seed, "measure", samples).getrandbits(63)
+    for start in tqdm(range(0, len(problems), part), desc="ask", leave=False, dynamic_ncols=True, disable=None):
+        rollout = generate(
+            model,
+            [tokenizer.encode(problem.prompt) + begun for problem in problems[start : start + part]],
+            group_size=samples,
+            max_new_tokens=config.max_new_tokens - len(begun),
+            eos_id=tokenizer.eos_id,
+            seed=seed,
+            first_row=start * samples,
+        )
+        texts = [opening + text for text in decode_completions(rollout, tokenizer)]
+        answers += zip(texts, (rollout.mask.sum(dim=1) + len(begun)).tolist())
+    return [answers[i : i + samples] for i in range(0, len(answers), samples)]
+
+
+def mean(values: list) -> float | None:
+    """None where there are none: no number is made up."""
+    return float(np.mean(values)) if len(values) else None
+
+
+def by_style(problems: list[Problem], answers: list[list[Completion]]) -> dict[str, dict[str, float]]:
+    """For each style its share of all completions; the share of these that are right by the lenient reading; the share
+    of those that the accuracy rule counts, which wants the tags."""
+    found = [
+        (style_of(text), says(text, problem.answer), accuracy_reward(text, problem.answer))
+        for problem, group in zip(problems, answers)
+        for text, _ in group
+    ]
+    table = {}
+    for style in sorted({style for style, *_ in found}):
+        mine = [(right, counted) for each, right, counted in found if each == style]
+        table[style] = {
+            "share": len(mine) / len(found),
+            "right": mean([right for right, _ in mine]),
+            "counted": mean([counted for right, counted in mine if right]),
+        }
+    return table
+
+
+def gain_parts(before: dict[str, dict], after: dict[str, dict]) -> dict[str, float]:
+    """What the gain in accuracy, the sum over styles of share x right x counted, owes to each of the three: its part is
+    the mean, over the orders in which they could have changed one by one, of what its change then adds (Shapley 1953).
+    What one model never does is judged as the other does it. The parts add up to the gain."""
+    names = ("share", "right", "counted")
+
+    def value(style: str, name: str, new: bool) -> float:
+        one, other = (after, before) if new else (before, after)
+        if name == "share":
+            return one.get(style, {}).get(name, 0.0)
+        known = [each[style][name] for each in (one, other) if each.get(style, {}).get(name) is not None]
+        return known[0] if known else 0.0
+
+    def accuracy(changed: set[str]) -> float:
+        return sum(
+            math.prod(value(style, name, name in changed) for name in names) for style in before.keys() | after.keys()
+        )
+
+    parts = dict.fromkeys(names, 0.0)
+    for order in itertools.permutations(names):
+        for i, name in enumerate(order):
+            parts[name] += (accuracy({*order[: i + 1]}) - accuracy({*order[:i]})) / math.factorial(len(names))
+    return parts
+
+
+def lengths(problems: list[Problem], answers: list[list[Completion]]) -> dict[str, dict[str, float | None]]:
+    """Mean tokens of a completion by level: of all, of the right ones, of the wrong ones, of those with steps."""
+    table = {}
+    for level in sorted({problem.level for problem in problems}):
+        rows = [
+            (tokens, accuracy_reward(text, problem.answer) == 1, style_of(text) == "steps")
+            for problem, group in zip(problems, answers)
+            for text, tokens in group
+            if problem.level == level
+        ]
+        table[str(level)] = {
+            "all": mean([tokens for tokens, *_ in rows]),
+            "right": mean([tokens for tokens, right, _ in rows if right]),
+            "wrong": mean([tokens for tokens, right, _ in rows if not right]),
+            "steps": mean([tokens for tokens, _, steps in rows if steps]),
+        }
+    return table
+
+
+def votes(problems: list[Problem], answers: list[list[Completion]], k: int) -> float:
+    """maj@k: the share of groups of k completions whose most frequent answer is right."""
+    return mean(
+        [
+            majority_is_right([extract_answer(text) for text, _ in group[i : i + k]], problem.answer)
+            for problem, group in zip(problems, answers)
+            for i in range(0, len(group) - k + 1, k)
+        ]
+    )
+
+
+def pass_at(problems: list[Problem], answers: list[list[Completion]]) -> dict[str, dict[str, float]]:
+    """pass@k by level, for k = 1, 2, 4 ... up to the number of samples; unbiased."""
+    right = [sum(accuracy_reward(text, p.answer) for text, _ in group) for p, group in zip(problems, answers)]
+    n = len(answers[0])
+    ks = [2**i for i in range(n.bit_length()) if 2**i <= n]
+    return {
+        str(level): {
+            str(k): mean([pass_at_k(n, int(c), k) for c, p in zip(right, problems) if p.level == level]) for k in ks
+        }
+        for level in sorted({problem.level for problem in problems})
+    }
+
+
+@torch.no_grad()
+def forced_checks(
+    config: Config, model: Transformer, tokenizer: Tokenizer, problems: list[Problem]
+) -> dict[str, float]:
+    """Steps that were written for the model, the first one checked: how probable it then finds it to check the second
+    one too, and to call it wrong given that it does, where the step is right and where it is wrong; and to name the
+    right number, given that it called a wrong one wrong. In English, from problems of two operations or more."""
+    right_id, wrong_id = (tokenizer.encode(f" {word}")[0] for word in (LANGUAGES["en"].right, LANGUAGES["en"].wrong))
+    found = {
+        name: []
+        for name in ("right, checked", "right, called wrong", "wrong, checked", "wrong, called wrong", "mended")
+    }
+    for problem in (problem for problem in problems if problem.language == "en" and problem.level > 1):
+        first, sign, operand, next_sign, next_operand = problem.expression.split(" ")[:5]
+        words = LANGUAGES["en"].operators
+        total = APPLY[sign](int(first), int(operand))
+        truth = APPLY[next_sign](total, int(next_operand))
+        begun = (
+            f"<think>\n#1 {first} {words[sign]} {operand} is {total} ok\n#2 {total} {words[next_sign]} {next_operand}"
+        )
+        for kind, said in (("right", truth), ("wrong", truth + 1)):
+            tokens = tokenizer.encode(problem.prompt) + tokenizer.encode(f"{begun} is {said}", tags=True)
+            after = torch.tensor([[*tokens, wrong_id]], device=config.device)
+            named, following = model(after, first=len(tokens) - 1)[0].softmax(-1)
+            right, wrong = named[right_id].item(), named[wrong_id].item()
+            found[f"{kind}, checked"].append(right + wrong)
+            found[f"{kind}, called wrong"].append(wrong / (right + wrong))
+            if kind == "wrong":
+                found["mended"].append(following[tokenizer.encode(f" {truth}")[0]].item())
+    return {name: mean(values) for name, values in found.items()}
+
+
+def describe(
+    config: Config, model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int
+) -> dict[str, dict]:
+    """All of it for one model; `problems` are of the trained levels and beyond, those beyond for pass@k alone."""
+    answers = ask(config, model, tokenizer, problems, samples)
+    inside = [i for i, problem in enumerate(problems) if problem.level <= config.max_level]
+    asked, said = [problems[i] for i in inside], [answers[i] for i in inside]
+    everything = [(problem, text) for problem, group in zip(asked, said) for text, _ in group]
+    opened = {}
+    for opening in OPENINGS:
+        helped = ask(config, model, tokenizer, asked, 16, opening)
+        opened[opening] = mean(
+            [accuracy_reward(text, p.answer) for p, group in zip(asked, helped) for text, _ in group]
+        )
+    return {
+        "pass@1": mean([accuracy_reward(text, problem.answer) for problem, text in everything]),
+        "lenient": mean([says(text, problem.answer) for problem, text in everything]),
+        "opened": opened,
+        "votes": {str(k): votes(asked, said, k) for k in (1, 16, 64) if k <= samples},
+        "pass@k": pass_at(problems, answers),
+        "styles": by_style(asked, said),
+        "lengths": lengths(problems, answers),
+        "checks": dict(sum((checks(text) for _, text in everything), Counter())) | {"completions": len(everything)},
+        "forced checks": forced_checks(config, model, tokenizer, asked),
+    }
+
+
+def finished_run(folder: Path) -> Config:
+    """The configuration of a run that has ended. Raises ValueError, in one line, where there is none."""
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"{folder} is not the folder of a run that has ended: it holds no result.json")
+    return Config(**load_tensors(folder / "last.pt")["settings"])
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a run that has ended")
+    parser.add_argument("--problems", type=int, default=40, help="held-out problems of each level [40]")
+    parser.add_argument("--samples", type=int, default=256, help="completions of each [256]")
+    flags = parser.parse_args(arguments)
+    tokenizer = get_tokenizer()
+    try:
+        if flags.problems < 1 or flags.samples < 16:
+            raise ValueError("--problems must be at least 1 and --samples at least 16")
+        config = finished_run(flags.run)
+        models = {name: load_policy(flags.run / f"{name}.pt", tokenizer, config.device) for name in ("base", "r1_zero")}
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(config.threads)
+    problems = []
+    for level in range(config.evaluated_levels[0], config.max_level + BEYOND + 1):
+        levels = range(level, level + 1)
+        problems += sample_problems(config, f"measure {level}", 0, flags.problems, held_out=True, levels=levels)
+    measured = {}
+    for name, model in models.items():
+        model.in_bfloat16 = config.in_bfloat16
+        measured[name] = describe(config, model, tokenizer, problems, flags.samples)
+    parts = gain_parts(measured["base"]["styles"], measured["r1_zero"]["styles"])
+    result = {"problems": flags.problems, "samples": flags.samples, **measured, "gain": parts}
+    write_whole(flags.run / "measured.json", (json.dumps(result, indent=1) + "\n").encode())
+    before, after = (measured[name]["pass@1"] for name in ("base", "r1_zero"))
+    print(f"pass@1 {before:.3f} -> {after:.3f} -> {flags.run}/measured.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,341 @@
+"""The README's tables of phenomena, levers and the hacked reward, from the JSON that study.py writes.
+
+    python experiments/report.py     # writes them anew from experiments/results
+
+A row of the phenomena says what the papers found, what is found here, what to hold against it, and in how many of the
+seeds it is there: that is computed from the runs, by the test beside each row.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms above it
+
+from experiments.collect import RESULTS, at, cell, write_into_readme
+
+Seed = dict  # what one seed shows, as study.phenomena_of gives it
+Number = Callable[[Seed], float]
+
+
+def level_mean(model: str, k: int) -> Number:
+    """pass@k, mean over the trained levels."""
+
+    def number(seed: Seed) -> float:
+        by_level = seed["measured"][model]["pass@k"]
+        return sum(by_level[level][str(k)] for level in seed["base"]["by_level"]) / len(seed["base"]["by_level"])
+
+    return number
+
+
+def beyond(model: str, above: int, k: int) -> Number:
+    """pass@k so many levels above the trained ones."""
+    return lambda seed: seed["measured"][model]["pass@k"][str(highest(seed) + above)][str(k)]
+
+
+def highest(seed: Seed) -> int:
+    return max(map(int, seed["base"]["by_level"]))
+
+
+def slope(model: str) -> Number:
+    """Tokens that an operation more adds to a completion: least squares over the trained levels."""
+
+    def number(seed: Seed) -> float:
+        points = [(int(level), seed["measured"][model]["lengths"][level]["all"]) for level in seed["base"]["by_level"]]
+        x, y = (sum(values) / len(points) for values in zip(*points))
+        return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+
+    return number
+
+
+def last(name: str, *run: str) -> Number:
+    """Mean of a field over the last tenth of the lines of a log that have it."""
+    return lambda seed: end_of(at(*run, "log")(seed), name, first=False)
+
+
+def first(name: str, *run: str) -> Number:
+    return lambda seed: end_of(at(*run, "log")(seed), name, first=True)
+
+
+def end_of(log: list[dict], name: str, first: bool) -> float:
+    values = [record[name] for record in log if name in record]
+    tenth = max(1, len(log) // 10)
+    part = values[:tenth] if first else values[-tenth:]
+    return sum(part) / len(part)
+
+
+def crossing(above: int) -> Number:
+    """The least k at which the base model is ahead, so many levels above the trained ones; infinity if it never is."""
+
+    def number(seed: Seed) -> float:
+        base, r1_zero = (seed["measured"][name]["pass@k"][str(highest(seed) + above)] for name in ("base", "r1_zero"))
+        return min((int(k) for k in base if base[k] > r1_zero[k]), default=math.inf)
+
+    return number
+
+
+def checked(model: str) -> Number:
+    """Share of completions in which a step is looked at again."""
+    return lambda seed: seed["measured"][model]["styles"].get("checked", {"share": 0.0})["share"]
+
+
+def opened(seed: Seed) -> float:
+    """The base model's accuracy when it is helped most."""
+    return max(seed["measured"]["base"]["lenient"], *seed["measured"]["base"]["opened"].values())
+
+
+def thinks(run: str, model: str, language: str) -> Number:
+    return at(run, model, "thinks_in", "ko", language)
+
+
+@dataclass(frozen=True)
+class Row:
+    """`here` and `against` are text with {} for each of `numbers`, in their order."""
+
+    what: str
+    papers: str
+    here: str
+    against: str
+    numbers: tuple[Number, ...]
+    seen: Callable[[Seed], bool]
+
+
+BASE, R1 = "base", "r1_zero"
+ROWS = (
+    Row(
+        "right answers at temperature 1 (pass@1) rise",
+        "15.6 -> 77.9 % (R1-Zero, AIME)",
+        "{} -> {}; greedy {} -> {}",
+        "the base read leniently, tags or no tags: {}; its thought opened for it, up to `#1`: {}",
+        (
+            at(BASE, "pass@1"),
+            at(R1, "pass@1"),
+            at(BASE, "greedy"),
+            at(R1, "greedy"),
+            at("measured", BASE, "lenient"),
+            at("measured", BASE, "opened", "<think>\n#1"),
+        ),
+        lambda seed: seed[R1]["pass@1"] > opened(seed),
+    ),
+    Row(
+        "the majority of 16 is better still",
+        "86.7 %",
+        "{} -> {}",
+        "pass@1 of the same completions: {} -> {}",
+        (
+            at("measured", BASE, "votes", "16"),
+            at("measured", R1, "votes", "16"),
+            at("measured", BASE, "pass@1"),
+            at("measured", R1, "pass@1"),
+        ),
+        lambda seed: seed["measured"][R1]["votes"]["16"] > seed["measured"][R1]["pass@1"],
+    ),
+    Row(
+        "hard problems gain most",
+        "MATH level 5: 55 -> 90 %, level 4: 78 -> 95 %",
+        "the fewest operations: {} -> {}; the most: {} -> {}",
+        "one operation more than trained on: {} -> {}",
+        (
+            lambda seed: next(iter(seed[BASE]["by_level"].values())),
+            lambda seed: next(iter(seed[R1]["by_level"].values())),
+            lambda seed: list(seed[BASE]["by_level"].values())[-1],
+            lambda seed: list(seed[R1]["by_level"].values())[-1],
+            beyond(BASE, 1, 1),
+            beyond(R1, 1, 1),
+        ),
+        lambda seed: gain_at(seed, -1) > gain_at(seed, 0),
+    ),
+    Row(
+        "it is not the tokens",
+        "-",
+        "GRPO {}",
+        "as many tokens ({} against {} million) of more pretraining: {}; of rejection sampling, once: {}; online: {}",
+        (
+            at(R1, "pass@1"),
+            lambda seed: seed["tokens"]["longer"] / 1e6,
+            lambda seed: seed["tokens"]["GRPO"] / 1e6,
+            at("longer", "pass@1"),
+            at("rejection sampling", "pass@1"),
+            at("online rejection sampling", "pass@1"),
+        ),
+        lambda seed: seed[R1]["pass@1"] > max(seed[name]["pass@1"] for name in CONTROLS),
+    ),
+    Row(
+        "where the gain comes from",
+        "-",
+        "of {} points: a better style {}, more often right within a style {}, tags around right answers {}",
+        "thoughts in steps: {} -> {} of the completions",
+        (
+            lambda seed: 100 * sum(seed["measured"]["gain"].values()),
+            *(lambda seed, part=part: 100 * seed["measured"]["gain"][part] for part in ("share", "right", "counted")),
+            at("measured", BASE, "styles", "steps", "share"),
+            at("measured", R1, "styles", "steps", "share"),
+        ),
+        lambda seed: seed["measured"]["gain"]["share"] == max(seed["measured"]["gain"].values()),
+    ),
+    Row(
+        "pass@k: the base overtakes at large k",
+        "at k of tens to hundreds (Yue et al.)",
+        "trained levels, k = {}: {} and {}, no crossing",
+        "two levels beyond, k = {}: {} and {}; the base is ahead from k = {} on",
+        (
+            lambda seed: seed["measured"]["samples"],
+            lambda seed: level_mean(BASE, seed["measured"]["samples"])(seed),
+            lambda seed: level_mean(R1, seed["measured"]["samples"])(seed),
+            lambda seed: seed["measured"]["samples"],
+            lambda seed: beyond(BASE, 2, seed["measured"]["samples"])(seed),
+            lambda seed: beyond(R1, 2, seed["measured"]["samples"])(seed),
+            crossing(2),
+        ),
+        lambda seed: crossing(2)(seed) < math.inf,
+    ),
+    Row(
+        "completions grow longer",
+        "hundreds -> thousands of tokens",
+        "{} -> {} tokens",
+        "with the Dr. GRPO loss, which does not favour length: {}; wrong answers at the end: {} and, with Dr. GRPO, {}",
+        (
+            at(BASE, "completion_tokens"),
+            at(R1, "completion_tokens"),
+            at("dr_grpo", R1, "completion_tokens"),
+            last("wrong_tokens"),
+            last("wrong_tokens", "dr_grpo"),
+        ),
+        lambda seed: seed["dr_grpo"][R1]["completion_tokens"] > 1.5 * seed[BASE]["completion_tokens"],
+    ),
+    Row(
+        "harder problems are thought about longer",
+        "< 7,000 to > 18,000 tokens (R1)",
+        "{} -> {} tokens for each operation more",
+        "within thoughts in steps alone the base has {}",
+        (slope(BASE), slope(R1), lambda seed: step_slope(seed)),
+        lambda seed: slope(R1)(seed) > 2 * slope(BASE)(seed),
+    ),
+    Row(
+        "self-checks become frequent",
+        "reflective words 5 to 7 times as many",
+        "{} -> {} of the completions check a step",
+        "a check is blind: wrong steps are called wrong with probability {}, right ones with {}; after GRPO {} and {}",
+        (
+            checked(BASE),
+            checked(R1),
+            at("measured", BASE, "forced checks", "wrong, called wrong"),
+            at("measured", BASE, "forced checks", "right, called wrong"),
+            at("measured", R1, "forced checks", "wrong, called wrong"),
+            at("measured", R1, "forced checks", "right, called wrong"),
+        ),
+        lambda seed: checked(R1)(seed) > checked(BASE)(seed),
+    ),
+    Row(
+        "the language of the thought drifts",
+        "R1-Zero mixes languages",
+        "Korean questions thought through in English: {} -> {}",
+        "with the language reward: {}",
+        (thinks("language", BASE, "en"), thinks("language", R1, "en"), thinks("language_reward", R1, "en")),
+        lambda seed: thinks("language", R1, "en")(seed) > 0.5,
+    ),
+    Row(
+        "the language reward costs accuracy",
+        '"slight"; 5 to 10 points at 3B (Cross-lingual collapse)',
+        "right answers to Korean questions: {} with it",
+        "without: {}",
+        (at("language_reward", R1, "by_language", "ko"), at("language", R1, "by_language", "ko")),
+        lambda seed: (
+            seed["language_reward"][R1]["by_language"]["ko"] < seed["language"][R1]["by_language"]["ko"] - 0.005
+        ),
+    ),
+    Row(
+        "entropy falls",
+        "73 % of it in a twelfth of the run (Cui et al.)",
+        "{} -> {} nats a token",
+        "groups without signal: {} -> {}; KL to the base at the end: {} nats a token",
+        (first("entropy"), last("entropy"), first("no_signal"), last("no_signal"), last("base_kl")),
+        lambda seed: last("entropy")(seed) < first("entropy")(seed) / 2,
+    ),
+)
+CONTROLS = ("longer", "rejection sampling", "online rejection sampling")
+
+
+def gain_at(seed: Seed, which: int) -> float:
+    before, after = (list(seed[model]["by_level"].values())[which] for model in (BASE, R1))
+    return after - before
+
+
+def step_slope(seed: Seed) -> float:
+    found = {level: {"all": values["steps"]} for level, values in seed["measured"][BASE]["lengths"].items()}
+    return slope(BASE)({"base": seed["base"], "measured": {BASE: {"lengths": found}}})
+
+
+def spread(values: list[float]) -> str:
+    return "-" if any(value is None for value in values) else cell(values)
+
+
+def phenomena_table(results: dict) -> str:
+    seeds = results["seeds"]
+    lines = ["| the papers say | number | here | held against it | seen in |", "| --- | --- | --- | --- | --- |"]
+    for row in ROWS:
+        numbers = [spread([number(seed) for seed in seeds]) for number in row.numbers]
+        cut = row.here.count("{}")
+        here, against = row.here.format(*numbers[:cut]), row.against.format(*numbers[cut:])
+        count = sum(bool(row.seen(seed)) for seed in seeds)
+        lines.append(f"| {row.what} | {row.papers} | {here} | {against} | {count} of {len(seeds)} |")
+    return "\n".join([*lines, "", made_with(results)])
+
+
+def levers_table(results: dict) -> str:
+    columns = ("pass@1 at step 20", "pass@1", "completion_tokens", "entropy", "base_kl", "silent", "completions")
+    heads = (
+        "pass@1, step 20",
+        "at the end",
+        "tokens",
+        "entropy",
+        "KL to the base",
+        "silent groups",
+        "completions sampled",
+    )
+    lines = [f"| lever | flags | {' | '.join(heads)} |", "| --- | --- " + "| --- " * len(columns) + "|"]
+    for lever in results["levers"]:
+        cells = [spread([seed[column] for seed in lever["seeds"]]) for column in columns]
+        lines.append(f"| {lever['label']} | {flags_of(lever)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", made_with(results)])
+
+
+def flags_of(lever: dict) -> str:
+    return " ".join(f"`{words}`" for words in (lever["variation"], lever["flags"]) if words)
+
+
+def hacked_table(results: dict) -> str:
+    lines = ["| rewarded for | reward in training | accuracy in training | pass@1 | tokens | diagnose.py finds |"]
+    lines.append("| --- " * 6 + "|")
+    for lever in results["rewards"]:
+        ends = [
+            " -> ".join(spread([seed[f"{name}, {when}"] for seed in lever["seeds"]]) for when in ("first", "last"))
+            for name in ("reward", "accuracy")
+        ]
+        after = [spread([seed[name] for seed in lever["seeds"]]) for name in ("pass@1", "completion_tokens")]
+        found = sorted({name for seed in lever["seeds"] for name in seed["diagnose"]})
+        lines.append(f"| {lever['label']} | {' | '.join([*ends, *after, ', '.join(found) or 'nothing'])} |")
+    return "\n".join([*lines, "", made_with(results)])
+
+
+def made_with(results: dict) -> str:
+    return f"`{results['command']}`: mean (lowest-highest). {results['hardware']}, torch {results['torch']}."
+
+
+TABLES = {"phenomena": phenomena_table, "levers": levers_table, "hacked": hacked_table}
+
+
+def main() -> None:
+    for name, table in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            write_into_readme(f"{name}: made by experiments/report.py", table(json.loads(path.read_text())))
+            print(f"README.md: {name}")
+
+
+if __name__ == "__main__":
+    main()
