@@ -13,6 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, this file finds experiments/
+
+from experiments.plot import read_log
+
 Records = list[dict]  # the lines of GRPO
 
 
@@ -33,6 +38,12 @@ class Check:
     look: Callable[[Records], tuple[str, bool]]
     healthy: str
     advice: str
+
+
+def agreement(records: Records) -> tuple[str, bool]:
+    worst = max(record["logp_gap"] for record in records)
+    limit = 0.3 if records[0].get("dtype") == "bfloat16" else 1e-3
+    return f"sampler and trainer differ by {worst:.1e} at most", worst <= limit
 
 
 def truncation(records: Records) -> tuple[str, bool]:
@@ -83,18 +94,19 @@ def policy_step(records: Records) -> tuple[str, bool]:
     return f"KL of a step's updates, {worst:.4f} nats a token at most", worst <= 0.1
 
 
-def reference(records: Records) -> tuple[str, bool]:
-    first, last = ends(records, "k3_ref")
-    return f"KL to the reference {first:.3f} -> {last:.3f} nats a token", last <= 1.0
-
-
-def agreement(records: Records) -> tuple[str, bool]:
-    worst = max(record["logp_gap"] for record in records)
-    limit = 0.3 if records[0].get("dtype") == "bfloat16" else 1e-3
-    return f"sampler and trainer differ by {worst:.1e} at most", worst <= limit
+def distance(records: Records) -> tuple[str, bool]:
+    first, last = ends(records, "base_kl")
+    return f"KL to the base model {first:.3f} -> {last:.3f} nats a token", last <= 1.0
 
 
 CHECKS = (
+    Check(
+        "agreement",
+        ("logp_gap",),
+        agreement,
+        "at most 0.001 in float32, 0.3 in bfloat16",
+        "the update is not one of the policy that sampled: a bug in sampling, in the temperature or in the mask",
+    ),
     Check(
         "truncation",
         ("cut",),
@@ -145,18 +157,11 @@ CHECKS = (
         "each rollout is trained on too hard: a lower --lr, fewer --minibatches or --inner_epochs",
     ),
     Check(
-        "reference",
-        ("k3_ref",),
-        reference,
+        "distance",
+        ("base_kl",),
+        distance,
         "at most 1",
-        "a higher --beta or a lower --lr, or --reference_every if it is meant to move",
-    ),
-    Check(
-        "agreement",
-        ("logp_gap",),
-        agreement,
-        "at most 0.001 in float32, 0.3 in bfloat16",
-        "the update is not one of the policy that sampled: a bug in sampling, in the temperature or in the mask",
+        "it is leaving all that the base model knows: a lower --lr, or a --beta above 0 to hold it",
     ),
 )
 
@@ -167,18 +172,11 @@ def diagnose(records: Records) -> list[tuple[Check, str, bool]]:
     return [(check, *check.look(records)) for check in CHECKS if set(check.needs) <= fields]
 
 
-def read_log(folder: Path) -> Records:
-    """The first line says too what matrix products were in. Raises ValueError, in one line, for what is not a run, and
-    for a run that has no step of GRPO yet."""
-    try:
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        dtype = json.loads((folder / "config.json").read_text())["dtype"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        raise ValueError(f"{folder} is not the folder of a run: it holds no log.jsonl and config.json") from None
-    records = [line for line in lines if line["phase"] == "grpo"]
-    if not records:
-        raise ValueError(f"{folder} has no step of GRPO yet: wait until pretraining has ended")
-    records[0]["dtype"] = dtype
+def read_run(folder: Path) -> Records:
+    """The lines of GRPO; the first says too what matrix products were in. Raises ValueError, in one line, for what is
+    not a run, and for a run that has no step of GRPO yet."""
+    records = read_log(folder)
+    records[0]["dtype"] = json.loads((folder / "config.json").read_text())["dtype"]
     return records
 
 
@@ -189,7 +187,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run", type=Path, help="folder of a run, finished or not")
     flags = parser.parse_args(arguments)
     try:
-        records = read_log(flags.run)
+        records = read_run(flags.run)
     except ValueError as error:
         parser.error(str(error))
     print(f"{flags.run}: {len(records)} steps of GRPO")

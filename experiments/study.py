@@ -249,7 +249,7 @@ def hacked_of(folder: Path) -> dict:
     """What a reward made of one seed, and what diagnose.py says to its log."""
     run = ended_run(folder)
     first, last = run["log"][:5], run["log"][-5:]
-    found = diagnose.diagnose(diagnose.read_log(folder))
+    found = diagnose.diagnose(diagnose.read_run(folder))
     return {
         **{
             f"{name}, {when}": sum(record[name] for record in part) / len(part)

@@ -21,7 +21,7 @@ def log(**curves):
         "no_signal": lambda done: 0.1 + 0.7 * done,
         "entropy": lambda done: 0.4 - 0.38 * done,
         "k3_old": lambda done: 0.003,
-        "k3_ref": lambda done: 0.1 * done,
+        "base_kl": lambda done: 0.1 * done,
         "logp_gap": lambda done: 1e-5,
     }
     records = []
@@ -30,7 +30,8 @@ def log(**curves):
         records.append({"phase": "grpo", "step": step + 1})
         records[-1] |= {name: curve(done) for name, curve in (healthy | curves).items() if curve}
         if (step + 1) % 10:
-            records[-1].pop("held_out_accuracy", None)
+            for name in ("held_out_accuracy", "base_kl"):
+                records[-1].pop(name, None)
     return records
 
 
@@ -58,7 +59,7 @@ def test_a_healthy_log_has_no_complaint_and_every_check_is_asked():
         ("held-out accuracy", {"held_out_accuracy": stuck}),
         ("reward", {"accuracy": lambda done: 0.6 - 0.3 * done}),
         ("policy step", {"k3_old": lambda done: 0.3 * (done > 0.5)}),
-        ("reference", {"k3_ref": lambda done: 3 * done}),
+        ("distance", {"base_kl": lambda done: 3 * done}),
         ("agreement", {"logp_gap": lambda done: 0.05 * (0.4 < done < 0.6)}),
     ],
 )
@@ -81,13 +82,14 @@ def test_what_is_high_at_the_start_and_what_success_explains_is_no_complaint():
 
 
 def test_what_a_log_does_not_hold_is_not_asked(tmp_path, capsys):
-    found = diagnose.diagnose(log(k3_ref=None, k3_old=None, held_out_accuracy=None))
-    assert {"reference", "policy step", "held-out accuracy"}.isdisjoint(check.name for check, _, _ in found)
+    found = diagnose.diagnose(log(base_kl=None, k3_old=None, held_out_accuracy=None))
+    assert {"distance", "policy step", "held-out accuracy"}.isdisjoint(check.name for check, _, _ in found)
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log(cut=stuck)))
     (tmp_path / "config.json").write_text('{"dtype": "float32"}')
     diagnose.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path}: {STEPS} steps of GRPO"
+    assert lines.pop(1).startswith("ok    agreement")
     assert lines[1] == "LOOK  truncation         30.0% of the last completions met --max_new_tokens"
     assert "at most 5 %" in lines[2] and "--max_new_tokens" in lines[3] and lines[4].startswith("ok    signal")
 
@@ -97,7 +99,10 @@ def test_one_step_is_enough_and_no_run_is_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "config.json").write_text('{"dtype": "float32"}')
     (tmp_path / "young" / "log.jsonl").write_text('{"phase": "pretrain", "step": 50, "loss": 3.0}\n')
-    complaints = {tmp_path / "young": "has no step of GRPO yet", tmp_path: "is not the folder of a run"}
+    complaints = {
+        tmp_path / "young": "has no line of phase grpo in its log yet",
+        tmp_path: "is not the folder of a run",
+    }
     for folder, complaint in complaints.items():
         with pytest.raises(SystemExit) as stop:
             diagnose.main([str(folder)])
