@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ PLANS = {
 }
 FEWER = "--eval_problems 200"  # where runs are many
 LEVER_SEEDS = 3
+BAR = "{desc} {n_fmt} of {total_fmt} jobs |{bar:20}| {elapsed}{postfix}"
 
 
 @dataclass(frozen=True)
@@ -141,26 +143,26 @@ def levers(folder: Path, preset: str, named: dict[str, Lever], base: Job) -> lis
 def do(jobs: list[Job], lanes: int) -> None:
     """Do what is not done yet, `lanes` jobs at a time; what each prints is in a file beside what it makes. A failed job
     ends it all, when those beside it are done, with the name of that file."""
-    waiting = [job for job in jobs if not job.makes.exists()]
-    total = sum(job.minutes for job in jobs)
-    done = total - sum(job.minutes for job in waiting)
-    form = "{desc}{percentage:3.0f}% |{bar}| {elapsed} done, {remaining} left"
-    bar = tqdm(total=total, initial=done, desc="study", dynamic_ncols=True, bar_format=form, smoothing=0)
-    with ThreadPoolExecutor(lanes) as pool:
+    waiting, done, started = [job for job in jobs if not job.makes.exists()], 0.0, time.perf_counter()
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="study", dynamic_ncols=True, bar_format=BAR)
+    with ThreadPoolExecutor(lanes) as pool, bar:
         running = {}
         while waiting or running:
             for job in [job for job in waiting if all(need.makes.exists() for need in job.needs)]:
                 if len(running) < lanes:
                     waiting.remove(job)
                     running[pool.submit(start, job)] = job
-            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            pace = (time.perf_counter() - started) / 60 / done if done else 1 / lanes  # minutes, for each foreseen
+            left = pace * sum(job.minutes for job in (*waiting, *running.values()))
+            names = ", ".join(f"{job.folder.name}/{job.name}" for job in running.values())
+            bar.set_postfix_str(f"about {left:.0f} min left: {names}")
+            ended, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
             for future in ended:
                 job = running.pop(future)
                 if future.result():
                     sys.exit(f"{job.name} failed: {job.folder}/{job.name}.txt says why")
-                bar.update(job.minutes)
-                bar.set_postfix_str(job.name)
-    bar.close()
+                done += job.minutes
+                bar.update()
 
 
 def start(job: Job) -> int:
