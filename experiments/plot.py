@@ -87,7 +87,7 @@ def draw_curves(path: Path, logs: dict[str, list[dict]], curves: list[str]) -> N
 # ------------------------------------------------------------------------------------------- the README's pictures
 
 RESULTS = Path(__file__).parent / "results"
-BASE, GRPO, DR_GRPO, OTHER = "tab:gray", "tab:blue", "tab:orange", "tab:green"
+BASE, GRPO, DR_GRPO, OTHER, HACK = "tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red"
 
 
 def draw_results() -> None:
@@ -98,17 +98,13 @@ def draw_results() -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
-    seeds = json.loads((RESULTS / "phenomena.json").read_text())["seeds"]
-    for name, draw, columns in (
-        ("learning", draw_learning, 3),
-        ("pass_at_k", draw_pass_at_k, 4),
-        ("language", draw_language, 2),
-    ):
-        figure, axes = plt.subplots(1, columns, figsize=(10, 3.6), layout="constrained")
-        draw(axes, seeds)
-        figure.savefig(RESULTS / f"{name}.png", dpi=150)
-        plt.close(figure)
-        print(f"-> {RESULTS / name}.png")
+    for name, (results, part, draw, columns) in PICTURES.items():
+        if (RESULTS / f"{results}.json").exists():
+            figure, axes = plt.subplots(1, columns, figsize=(10, 3.6), layout="constrained")
+            draw(axes, json.loads((RESULTS / f"{results}.json").read_text())[part])
+            figure.savefig(RESULTS / f"{name}.png", dpi=150)
+            plt.close(figure)
+            print(f"-> {RESULTS / name}.png")
 
 
 def draw_spread(axis, logs: list[list[dict]], field: str, start: list[float] | None = None, **look) -> None:
@@ -190,6 +186,26 @@ def draw_language(axes, seeds: list[dict]) -> None:
         axis.set(title=f"Korean questions: {title}", xlabel="step of GRPO", ylim=(0, 1.05))
         axis.title.set_fontsize(10)
     axes[1].legend(fontsize=8, loc="lower right")
+
+
+def draw_hacked(axes, rewards: list[dict]) -> None:
+    """What each reward gives, and how often the answer is right, held out."""
+    reward, accuracy = axes
+    for rule, color in zip(rewards, (GRPO, HACK, OTHER)):
+        logs = [seed["log"] for seed in rule["seeds"]]
+        draw_spread(reward, logs, "reward", color=color, label=rule["label"])
+        draw_spread(accuracy, logs, "held_out_accuracy", color=color, marker=".", label=rule["label"])
+    reward.set(title="reward", xlabel="step of GRPO", ylim=(0, None))
+    accuracy.set(title="right answers, held out", xlabel="step of GRPO", ylim=(0, 1.05))
+    accuracy.legend(fontsize=8, loc="center right")
+
+
+PICTURES = {  # by name: results, and the part of them, that it is drawn from; how; panels
+    "learning": ("phenomena", "seeds", draw_learning, 3),
+    "pass_at_k": ("phenomena", "seeds", draw_pass_at_k, 4),
+    "language": ("phenomena", "seeds", draw_language, 2),
+    "hacked": ("hacked", "rewards", draw_hacked, 2),
+}
 
 
 def main(arguments: list[str]) -> None:

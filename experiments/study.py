@@ -10,6 +10,7 @@ What is done is skipped and what was stopped goes on, so it can be stopped at an
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -142,33 +143,45 @@ def levers(folder: Path, preset: str, named: dict[str, Lever], base: Job) -> lis
 
 def do(jobs: list[Job], lanes: int) -> None:
     """Do what is not done yet, `lanes` jobs at a time; what each prints is in a file beside what it makes. A failed job
-    ends it all, when those beside it are done, with the name of that file."""
+    ends it all, when those beside it are done, with the name of that file. SIGINT and SIGTERM stop them all, and each
+    run of train.py then saves."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     waiting, done, started = [job for job in jobs if not job.makes.exists()], 0.0, time.perf_counter()
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="study", dynamic_ncols=True, bar_format=BAR)
+    running, processes = {}, set()
     with ThreadPoolExecutor(lanes) as pool, bar:
-        running = {}
-        while waiting or running:
-            for job in [job for job in waiting if all(need.makes.exists() for need in job.needs)]:
-                if len(running) < lanes:
-                    waiting.remove(job)
-                    running[pool.submit(start, job)] = job
-            pace = (time.perf_counter() - started) / 60 / done if done else 1 / lanes  # minutes, for each foreseen
-            left = pace * sum(job.minutes for job in (*waiting, *running.values()))
-            names = ", ".join(f"{job.folder.name}/{job.name}" for job in running.values())
-            bar.set_postfix_str(f"about {left:.0f} min left: {names}")
-            ended, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
-            for future in ended:
-                job = running.pop(future)
-                if future.result():
-                    sys.exit(f"{job.name} failed: {job.folder}/{job.name}.txt says why")
-                done += job.minutes
-                bar.update()
+        try:
+            while waiting or running:
+                for job in [job for job in waiting if all(need.makes.exists() for need in job.needs)]:
+                    if len(running) < lanes:
+                        waiting.remove(job)
+                        running[pool.submit(start, job, processes)] = job
+                pace = (time.perf_counter() - started) / 60 / done if done else 1 / lanes  # minutes, for each foreseen
+                left = pace * sum(job.minutes for job in (*waiting, *running.values()))
+                names = ", ".join(f"{job.folder.name}/{job.name}" for job in running.values())
+                bar.set_postfix_str(f"about {left:.0f} min left: {names}")
+                ended, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    job = running.pop(future)
+                    if future.result():
+                        sys.exit(f"{job.name} failed: {job.folder}/{job.name}.txt says why")
+                    done += job.minutes
+                    bar.update()
+        except KeyboardInterrupt:
+            for process in list(processes):
+                process.terminate()
+            sys.exit("\nstopped: the same command goes on")
 
 
-def start(job: Job) -> int:
+def start(job: Job, processes: set[subprocess.Popen]) -> int:
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / f"{job.name}.txt").open("w") as printed:
-        return subprocess.call([sys.executable, *job.command()], cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT)
+        how = {"cwd": ROOT, "stdout": printed, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen([sys.executable, *job.command()], start_new_session=True, **how)  # no Ctrl-C twice
+        processes.add(process)
+        code = process.wait()
+        processes.discard(process)
+        return code
 
 
 # ---------------------------------------------------------------------------------------------------------- results

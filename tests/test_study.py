@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import signal
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -299,6 +303,27 @@ def test_a_job_that_fails_is_named_with_the_file_that_says_why(tmp_path):
     assert not (tmp_path / "after").exists()
 
 
+def test_a_stopped_study_stops_its_jobs_and_says_so(tmp_path):
+    """A process that saves when it is told to stop, as train.py does."""
+    code = "import signal, sys, time, pathlib\n"
+    code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path(sys.argv[1] + '.saved').write_text('')))\n"
+    code += "pathlib.Path(sys.argv[1] + '.begun').write_text('')\ntime.sleep(60)"
+
+    def stop():
+        while not (tmp_path / "long.begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    started, before = time.time(), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="stopped: the same command goes on"):
+            study.do([job(tmp_path, "long", code)], lanes=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "long.saved").exists() and time.time() - started < 30
+
+
 @pytest.mark.parametrize("preset", study.PLANS)
 def test_each_run_of_the_plan_has_flags_that_train_takes_and_goes_on_where_it_was_stopped(preset, tmp_path, restored):
     variations.mean_only()
@@ -344,7 +369,7 @@ def test_the_readmes_pictures_are_drawn_from_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     plot.main([])
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"learning.png", "pass_at_k.png", "language.png"}
+    assert pictures == {f"{name}.png" for name in plot.PICTURES}
     for name in pictures:
         assert f"experiments/results/{name}" in (ROOT / "README.md").read_text()
         assert (RESULTS / name).read_bytes().startswith(b"\x89PNG")
