@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,15 @@ def pass_at(problems: list[Problem], answers: list[list[Completion]]) -> dict[st
     }
 
 
+def of_others(problems: list[Problem]) -> list[Problem]:
+    """The same problems, each with the answer of the next one of its level: what is right then is right by chance."""
+    swapped = []
+    for problem in problems:
+        same = [each for each in problems if each.level == problem.level]
+        swapped.append(replace(problem, answer=same[(same.index(problem) + 1) % len(same)].answer))
+    return swapped
+
+
 @torch.no_grad()
 def forced_checks(
     config: Config, model: Transformer, tokenizer: Tokenizer, problems: list[Problem]
@@ -240,6 +250,7 @@ def describe(
         "opened": opened,
         "votes": {str(k): votes(asked, said, k) for k in (1, 16, 64) if k <= samples},
         "pass@k": pass_at(problems, answers),
+        "pass@k by chance": pass_at(of_others(problems), answers),
         "styles": by_style(asked, said),
         "lengths": lengths(problems, answers),
         "checks": dict(sum((checks(text) for _, text in everything), Counter())) | {"completions": len(everything)},

@@ -156,15 +156,19 @@ def draw_pass_at_k(axes, seeds: list[dict]) -> None:
     """pass@k of base and R1-Zero: at the hardest trained level, and at three beyond."""
     highest = max(map(int, seeds[0]["base"]["by_level"]))
     for axis, level in zip(axes, (highest, highest + 1, highest + 2, highest + 4)):
-        for name, label, color in (("base", "base", BASE), ("r1_zero", "R1-Zero", GRPO)):
-            curves = [seed["measured"][name]["pass@k"][str(level)] for seed in seeds]
+        for name, what, label, color in (
+            ("base", "pass@k", "base", BASE),
+            ("r1_zero", "pass@k", "R1-Zero", GRPO),
+            ("base", "pass@k by chance", "base, held against others' answers", OTHER),
+        ):
+            curves = [seed["measured"][name][what][str(level)] for seed in seeds]
             logs = [[{"step": int(k), "value": value} for k, value in curve.items()] for curve in curves]
             draw_spread(axis, logs, "value", color=color, marker=".", label=label)
         beyond = f"{level - highest} beyond" if level > highest else "the hardest trained on"
         axis.set(title=f"level {level}: {beyond}", xlabel="k", xscale="log", ylim=(0, 1.05))
         axis.title.set_fontsize(10)
     axes[0].set_ylabel("pass@k")
-    axes[0].legend(fontsize=9, loc="lower right")
+    axes[0].legend(fontsize=7, loc="lower right")
 
 
 def draw_language(axes, seeds: list[dict]) -> None:

@@ -16,36 +16,26 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms above it
 
-from experiments.collect import RESULTS, at, cell, write_into_readme
+from experiments.collect import RESULTS, at, write_into_readme
 
 Seed = dict  # what one seed shows, as study.phenomena_of gives it
 Number = Callable[[Seed], float]
 
 
-def level_mean(model: str, k: int) -> Number:
-    """pass@k, mean over the trained levels."""
-
-    def number(seed: Seed) -> float:
-        by_level = seed["measured"][model]["pass@k"]
-        return sum(by_level[level][str(k)] for level in seed["base"]["by_level"]) / len(seed["base"]["by_level"])
-
-    return number
-
-
-def beyond(model: str, above: int, k: int) -> Number:
+def beyond(model: str, above: int, k: int, what: str = "pass@k") -> Number:
     """pass@k so many levels above the trained ones."""
-    return lambda seed: seed["measured"][model]["pass@k"][str(highest(seed) + above)][str(k)]
+    return lambda seed: seed["measured"][model][what][str(highest(seed) + above)][str(k)]
 
 
 def highest(seed: Seed) -> int:
     return max(map(int, seed["base"]["by_level"]))
 
 
-def slope(model: str) -> Number:
-    """Tokens that an operation more adds to a completion: least squares over the trained levels."""
+def slope(model: str, kind: str = "all") -> Number:
+    """Tokens that an operation more adds to a completion, or to one of a kind: least squares over trained levels."""
 
     def number(seed: Seed) -> float:
-        points = [(int(level), seed["measured"][model]["lengths"][level]["all"]) for level in seed["base"]["by_level"]]
+        points = [(int(level), seed["measured"][model]["lengths"][level][kind]) for level in seed["base"]["by_level"]]
         x, y = (sum(values) / len(points) for values in zip(*points))
         return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
@@ -92,9 +82,29 @@ def thinks(run: str, model: str, language: str) -> Number:
     return at(run, model, "thinks_in", "ko", language)
 
 
+class Spread:
+    """The values of a number over the seeds. Formats as their mean and, where they differ, the range from the lowest to
+    the highest: `%` as per cent, `d` as whole numbers without the mean, anything else as for a float."""
+
+    def __init__(self, values: list[float | None]):
+        self.values = values
+
+    def __format__(self, spec: str) -> str:
+        if any(value is None for value in self.values):
+            return "-"
+        scale, spec, unit = (100, ".1f", " %") if spec == "%" else (1, spec, "")
+        if spec == "d":
+            ends = sorted({"never" if value == math.inf else str(value) for value in self.values})
+            return "-".join((ends[0], ends[-1]) if len(ends) > 1 else ends)
+        mean = sum(self.values) / len(self.values)
+        low, high, mean = (format(scale * value, spec) for value in (min(self.values), max(self.values), mean))
+        return mean + unit + (f" ({low}-{high})" if low != high else "")
+
+
 @dataclass(frozen=True)
 class Row:
-    """`here` and `against` are text with {} for each of `numbers`, in their order."""
+    """`here` and `against` are texts with a place, and its format, for each of `numbers`, in their order; `seen` says
+    whether a seed shows it."""
 
     what: str
     papers: str
@@ -109,8 +119,8 @@ ROWS = (
     Row(
         "right answers at temperature 1 (pass@1) rise",
         "15.6 -> 77.9 % (R1-Zero, AIME)",
-        "{} -> {}; greedy {} -> {}",
-        "the base read leniently, tags or no tags: {}; its thought opened for it, up to `#1`: {}",
+        "{:%} -> {:%}; greedy {:%} -> {:%}",
+        "the base read leniently, tags or no tags: {:%}; its thought opened for it, up to `#1`: {:%}",
         (
             at(BASE, "pass@1"),
             at(R1, "pass@1"),
@@ -124,8 +134,8 @@ ROWS = (
     Row(
         "the majority of 16 is better still",
         "86.7 %",
-        "{} -> {}",
-        "pass@1 of the same completions: {} -> {}",
+        "{:%} -> {:%}",
+        "pass@1 of the same completions: {:%} -> {:%}",
         (
             at("measured", BASE, "votes", "16"),
             at("measured", R1, "votes", "16"),
@@ -137,8 +147,8 @@ ROWS = (
     Row(
         "hard problems gain most",
         "MATH level 5: 55 -> 90 %, level 4: 78 -> 95 %",
-        "the fewest operations: {} -> {}; the most: {} -> {}",
-        "one operation more than trained on: {} -> {}",
+        "the fewest operations: {:%} -> {:%}; the most: {:%} -> {:%}",
+        "one operation more than trained on: {:%} -> {:%}",
         (
             lambda seed: next(iter(seed[BASE]["by_level"].values())),
             lambda seed: next(iter(seed[R1]["by_level"].values())),
@@ -150,14 +160,14 @@ ROWS = (
         lambda seed: gain_at(seed, -1) > gain_at(seed, 0),
     ),
     Row(
-        "it is not the tokens",
-        "-",
-        "GRPO {}",
-        "as many tokens ({} against {} million) of more pretraining: {}; of rejection sampling, once: {}; online: {}",
+        "GRPO is worth more than its tokens spent otherwise",
+        "GRPO > online RFT > RFT (DeepSeekMath)",
+        "{:%}, for {:.2f} million tokens sampled and read",
+        "{:.2f} million of pretraining more: {:%}; as many completions for rejection sampling: {:%}; online: {:%}",
         (
             at(R1, "pass@1"),
-            lambda seed: seed["tokens"]["longer"] / 1e6,
             lambda seed: seed["tokens"]["GRPO"] / 1e6,
+            lambda seed: seed["tokens"]["longer"] / 1e6,
             at("longer", "pass@1"),
             at("rejection sampling", "pass@1"),
             at("online rejection sampling", "pass@1"),
@@ -167,8 +177,8 @@ ROWS = (
     Row(
         "where the gain comes from",
         "-",
-        "of {} points: a better style {}, more often right within a style {}, tags around right answers {}",
-        "thoughts in steps: {} -> {} of the completions",
+        "of {:.1f} points: better style {:.1f}, right more often in a style {:.1f}, tags around right answers {:.1f}",
+        "thoughts in steps: {:%} -> {:%} of the completions",
         (
             lambda seed: 100 * sum(seed["measured"]["gain"].values()),
             *(lambda seed, part=part: 100 * seed["measured"]["gain"][part] for part in ("share", "right", "counted")),
@@ -180,24 +190,24 @@ ROWS = (
     Row(
         "pass@k: the base overtakes at large k",
         "at k of tens to hundreds (Yue et al.)",
-        "trained levels, k = {}: {} and {}, no crossing",
-        "two levels beyond, k = {}: {} and {}; the base is ahead from k = {} on",
+        "most operations trained on, k = 16: {:%} and {:%}; two more: {:%} and {:%}",
+        "the base is ahead from k = {:d} and, two more, {:d}; its answers held against other problems, k = 16: {:%}",
         (
-            lambda seed: seed["measured"]["samples"],
-            lambda seed: level_mean(BASE, seed["measured"]["samples"])(seed),
-            lambda seed: level_mean(R1, seed["measured"]["samples"])(seed),
-            lambda seed: seed["measured"]["samples"],
-            lambda seed: beyond(BASE, 2, seed["measured"]["samples"])(seed),
-            lambda seed: beyond(R1, 2, seed["measured"]["samples"])(seed),
+            beyond(BASE, 0, 16),
+            beyond(R1, 0, 16),
+            beyond(BASE, 2, 16),
+            beyond(R1, 2, 16),
+            crossing(0),
             crossing(2),
+            beyond(BASE, 2, 16, "pass@k by chance"),
         ),
         lambda seed: crossing(2)(seed) < math.inf,
     ),
     Row(
         "completions grow longer",
         "hundreds -> thousands of tokens",
-        "{} -> {} tokens",
-        "with the Dr. GRPO loss, which does not favour length: {}; wrong answers at the end: {} and, with Dr. GRPO, {}",
+        "{:.1f} -> {:.1f} tokens",
+        "Dr. GRPO's loss, which favours no length: {:.1f}; wrong answers at the end: {:.1f}, by Dr. GRPO's {:.1f}",
         (
             at(BASE, "completion_tokens"),
             at(R1, "completion_tokens"),
@@ -210,22 +220,22 @@ ROWS = (
     Row(
         "harder problems are thought about longer",
         "< 7,000 to > 18,000 tokens (R1)",
-        "{} -> {} tokens for each operation more",
-        "within thoughts in steps alone the base has {}",
-        (slope(BASE), slope(R1), lambda seed: step_slope(seed)),
+        "{:.1f} -> {:.1f} tokens for each operation more",
+        "within thoughts in steps alone the base has {:.1f}",
+        (slope(BASE), slope(R1), slope(BASE, "steps")),
         lambda seed: slope(R1)(seed) > 2 * slope(BASE)(seed),
     ),
     Row(
         "self-checks become frequent",
         "reflective words 5 to 7 times as many",
-        "{} -> {} of the completions check a step",
-        "a check is blind: wrong steps are called wrong with probability {}, right ones with {}; after GRPO {} and {}",
+        "{:%} -> {:%} of the completions check a step",
+        "a checked step is called wrong, if it is: {:%} -> {:%} of the time; if it is not: {:%} -> {:%}",
         (
             checked(BASE),
             checked(R1),
             at("measured", BASE, "forced checks", "wrong, called wrong"),
-            at("measured", BASE, "forced checks", "right, called wrong"),
             at("measured", R1, "forced checks", "wrong, called wrong"),
+            at("measured", BASE, "forced checks", "right, called wrong"),
             at("measured", R1, "forced checks", "right, called wrong"),
         ),
         lambda seed: checked(R1)(seed) > checked(BASE)(seed),
@@ -233,16 +243,16 @@ ROWS = (
     Row(
         "the language of the thought drifts",
         "R1-Zero mixes languages",
-        "Korean questions thought through in English: {} -> {}",
-        "with the language reward: {}",
+        "Korean questions thought through in English: {:%} -> {:%}",
+        "with the language reward: {:%}",
         (thinks("language", BASE, "en"), thinks("language", R1, "en"), thinks("language_reward", R1, "en")),
         lambda seed: thinks("language", R1, "en")(seed) > 0.5,
     ),
     Row(
         "the language reward costs accuracy",
         '"slight"; 5 to 10 points at 3B (Cross-lingual collapse)',
-        "right answers to Korean questions: {} with it",
-        "without: {}",
+        "right answers to Korean questions: {:%} with it",
+        "without: {:%}",
         (at("language_reward", R1, "by_language", "ko"), at("language", R1, "by_language", "ko")),
         lambda seed: (
             seed["language_reward"][R1]["by_language"]["ko"] < seed["language"][R1]["by_language"]["ko"] - 0.005
@@ -251,8 +261,8 @@ ROWS = (
     Row(
         "entropy falls",
         "73 % of it in a twelfth of the run (Cui et al.)",
-        "{} -> {} nats a token",
-        "groups without signal: {} -> {}; KL to the base at the end: {} nats a token",
+        "{:.3f} -> {:.3f} nats a token",
+        "groups without signal: {:%} -> {:%}; KL to the base at the end: {:.3f} nats a token",
         (first("entropy"), last("entropy"), first("no_signal"), last("no_signal"), last("base_kl")),
         lambda seed: last("entropy")(seed) < first("entropy")(seed) / 2,
     ),
@@ -265,41 +275,35 @@ def gain_at(seed: Seed, which: int) -> float:
     return after - before
 
 
-def step_slope(seed: Seed) -> float:
-    found = {level: {"all": values["steps"]} for level, values in seed["measured"][BASE]["lengths"].items()}
-    return slope(BASE)({"base": seed["base"], "measured": {BASE: {"lengths": found}}})
-
-
-def spread(values: list[float]) -> str:
-    return "-" if any(value is None for value in values) else cell(values)
-
-
 def phenomena_table(results: dict) -> str:
     seeds = results["seeds"]
     lines = ["| the papers say | number | here | held against it | seen in |", "| --- | --- | --- | --- | --- |"]
     for row in ROWS:
-        numbers = [spread([number(seed) for seed in seeds]) for number in row.numbers]
-        cut = row.here.count("{}")
+        numbers = [Spread([number(seed) for seed in seeds]) for number in row.numbers]
+        cut = row.here.count("{")
         here, against = row.here.format(*numbers[:cut]), row.against.format(*numbers[cut:])
         count = sum(bool(row.seen(seed)) for seed in seeds)
         lines.append(f"| {row.what} | {row.papers} | {here} | {against} | {count} of {len(seeds)} |")
     return "\n".join([*lines, "", made_with(results)])
 
 
+LEVER_COLUMNS = {  # head: what stands under it, and its format
+    "pass@1, step 20": ("pass@1 at step 20", "%"),
+    "at the end": ("pass@1", "%"),
+    "one level beyond": ("pass@1, one level beyond", "%"),
+    "tokens": ("completion_tokens", ".1f"),
+    "entropy": ("entropy", ".3f"),
+    "KL to the base": ("base_kl", ".3f"),
+    "silent groups": ("silent", "%"),
+    "completions": ("completions", ",.0f"),
+}
+
+
 def levers_table(results: dict) -> str:
-    columns = ("pass@1 at step 20", "pass@1", "completion_tokens", "entropy", "base_kl", "silent", "completions")
-    heads = (
-        "pass@1, step 20",
-        "at the end",
-        "tokens",
-        "entropy",
-        "KL to the base",
-        "silent groups",
-        "completions sampled",
-    )
-    lines = [f"| lever | flags | {' | '.join(heads)} |", "| --- | --- " + "| --- " * len(columns) + "|"]
+    lines = [f"| lever | flags | {' | '.join(LEVER_COLUMNS)} |", "| --- " * (2 + len(LEVER_COLUMNS)) + "|"]
     for lever in results["levers"]:
-        cells = [spread([seed[column] for seed in lever["seeds"]]) for column in columns]
+        columns = LEVER_COLUMNS.values()
+        cells = [format(Spread([seed[name] for seed in lever["seeds"]]), spec) for name, spec in columns]
         lines.append(f"| {lever['label']} | {flags_of(lever)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", made_with(results)])
 
@@ -312,11 +316,15 @@ def hacked_table(results: dict) -> str:
     lines = ["| rewarded for | reward in training | accuracy in training | pass@1 | tokens | diagnose.py finds |"]
     lines.append("| --- " * 6 + "|")
     for lever in results["rewards"]:
+
+        def over_seeds(name: str, spec: str, seeds: list[dict] = lever["seeds"]) -> str:
+            return format(Spread([seed[name] for seed in seeds]), spec)
+
         ends = [
-            " -> ".join(spread([seed[f"{name}, {when}"] for seed in lever["seeds"]]) for when in ("first", "last"))
-            for name in ("reward", "accuracy")
+            " -> ".join(over_seeds(f"{name}, {when}", spec) for when in ("first", "last"))
+            for name, spec in (("reward", ".2f"), ("accuracy", "%"))
         ]
-        after = [spread([seed[name] for seed in lever["seeds"]]) for name in ("pass@1", "completion_tokens")]
+        after = [over_seeds("pass@1", "%"), over_seeds("completion_tokens", ".1f")]
         found = sorted({name for seed in lever["seeds"] for name in seed["diagnose"]})
         lines.append(f"| {lever['label']} | {' | '.join([*ends, *after, ', '.join(found) or 'nothing'])} |")
     return "\n".join([*lines, "", made_with(results)])

@@ -83,6 +83,11 @@ def test_styles_lengths_votes_and_pass_at_k_are_of_the_completions_given():
     assert accuracy == pytest.approx(4 / 8), "what the accuracy rule gives"
     assert measure.pass_at(problems, answers)["2"] == {"1": 0.5, "2": pytest.approx(5 / 6), "4": 1.0}
     assert measure.votes(problems, answers, 2) == 0.5, "no answer is no vote"
+    assert [problem.answer for problem in measure.of_others([*problems, write_problem("1 + 1 + 1")])] == [
+        "3",
+        "12",
+        "12",
+    ]
     found = measure.lengths(problems, answers)
     assert found["2"]["right"] == (len(CLEAN) + len(GLIB)) / 2 and found["2"]["wrong"] == 3
     assert found["1"]["steps"] == len(CLEAN)
