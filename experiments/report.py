@@ -94,8 +94,8 @@ class Spread:
             return "-"
         scale, spec, unit = (100, ".1f", " %") if spec == "%" else (1, spec, "")
         if spec == "d":
-            ends = sorted({"never" if value == math.inf else str(value) for value in self.values})
-            return "-".join((ends[0], ends[-1]) if len(ends) > 1 else ends)
+            ends = sorted({min(self.values), max(self.values)})
+            return "-".join("never" if value == math.inf else str(value) for value in ends)
         mean = sum(self.values) / len(self.values)
         low, high, mean = (format(scale * value, spec) for value in (min(self.values), max(self.values), mean))
         return mean + unit + (f" ({low}-{high})" if low != high else "")

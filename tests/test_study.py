@@ -397,3 +397,13 @@ def test_a_slope_is_the_tokens_that_an_operation_more_adds():
     found = {str(level): {"all": 5 + 6 * level} for level in (2, 3, 5)}
     seed = {"base": {"by_level": {"2": 0, "3": 0, "5": 0}}, "measured": {"r1_zero": {"lengths": found}}}
     assert report.slope("r1_zero")(seed) == pytest.approx(6)
+
+
+def test_a_spread_is_mean_and_range_in_the_format_asked_for():
+    spread = report.Spread
+    assert f"{spread([0.25, 0.5]):%}" == "37.5 % (25.0-50.0)"
+    assert f"{spread([0.5, 0.5]):%}" == "50.0 %"
+    assert f"{spread([1.25]):.1f}" == "1.2"
+    assert f"{spread([16, 4]):d}" == "4-16" and f"{spread([4, 4]):d}" == "4"
+    assert f"{spread([4, float('inf')]):d}" == "4-never"
+    assert f"{spread([1.0, None]):%}" == "-"
