@@ -1028,9 +1028,8 @@ def table(base: dict, r1_zero: dict) -> str:
     return "\n".join([f"{'held-out problems':28} {'base':>8}   {'R1-Zero':>8}", *lines])
 
 
-def main(arguments: list[str], program: str = os.path.relpath(__file__)) -> None:
-    """The command line; `program` is what to call to go on with the run, where that is another script."""
-    config, parser = parse_config(arguments)
+def set_up(config: Config) -> None:
+    """What a process sets once, before it computes anything."""
     torch.set_num_threads(config.threads)
     # On a CPU this costs nothing. It replaces one kernel, the compiled gradient of the embedding, in which threads add
     # to the same sums in whatever order they come.
@@ -1038,6 +1037,12 @@ def main(arguments: list[str], program: str = os.path.relpath(__file__)) -> None
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and here nearly every shape is new
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or matrix products on a GPU refuse
+
+
+def main(arguments: list[str], program: str = os.path.relpath(__file__)) -> None:
+    """The command line; `program` is what to call to go on with the run, where that is another script."""
+    config, parser = parse_config(arguments)
+    set_up(config)
     tokenizer = get_tokenizer()
     try:
         check_machine(config)

@@ -65,8 +65,9 @@ TABLES = {
         },
     ),
     "language": Table(
-        "python train.py --preset cpu --languages en,ko --max_level 4 --pretrain_steps 8000 --seed SEED --init BASE",
-        Config(languages="en,ko", max_level=4, pretrain_steps=8000),
+        "python train.py --preset cpu --languages en,ko --max_level 4 --pretrain_steps 8000 --eval_problems 200 "
+        "--seed SEED --init BASE",
+        Config(languages="en,ko", max_level=4, pretrain_steps=8000, eval_problems=200),
         ("language_weight", "init"),
         {
             "base model": at("base"),

@@ -176,7 +176,10 @@ def read_run(folder: Path) -> Records:
     """The lines of GRPO; the first says too what matrix products were in. Raises ValueError, in one line, for what is
     not a run, and for a run that has no step of GRPO yet."""
     records = read_log(folder)
-    records[0]["dtype"] = json.loads((folder / "config.json").read_text())["dtype"]
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it holds no config.json")
+    config = json.loads((folder / "config.json").read_text())
+    records[0]["dtype"] = config["dtype"] if config["device"].startswith("cuda") else "float32"
     return records
 
 

@@ -29,7 +29,7 @@ from data.tokenizer import Tokenizer, get_tokenizer
 from model import Transformer, load_tensors, write_whole
 from rewards import accuracy_reward, extract_answer
 from sample import decode_completions, generate, load_policy
-from train import BEYOND, Config, majority_is_right, pass_at_k, sample_problems, stream
+from train import BEYOND, Config, majority_is_right, pass_at_k, sample_problems, set_up, stream
 
 OPENINGS = ("<think>", "<think>\n#1")  # what the base model is helped with
 ROWS = 1024  # completions sampled at once
@@ -103,12 +103,13 @@ def mean(values: list) -> float | None:
 
 
 def by_style(problems: list[Problem], answers: list[list[Completion]]) -> dict[str, dict[str, float]]:
-    """For each style its share of all completions; the share of these that are right by the lenient reading; the share
-    of those that the accuracy rule counts, which wants the tags."""
+    """For each style its share of all completions; the share of these that are right by either reading; the share of
+    those that the accuracy rule counts, which wants the tags."""
     found = [
-        (style_of(text), says(text, problem.answer), accuracy_reward(text, problem.answer))
+        (style_of(text), says(text, problem.answer) or counted, counted)
         for problem, group in zip(problems, answers)
         for text, _ in group
+        for counted in (accuracy_reward(text, problem.answer),)
     ]
     table = {}
     for style in sorted({style for style, *_ in found}):
@@ -190,11 +191,12 @@ def pass_at(problems: list[Problem], answers: list[list[Completion]]) -> dict[st
 
 
 def of_others(problems: list[Problem]) -> list[Problem]:
-    """The same problems, each with the answer of the next one of its level: what is right then is right by chance."""
+    """The same problems, each with the first other answer that comes after it in its level: what is right then is right
+    by chance. None where there is no other."""
     swapped = []
-    for problem in problems:
-        same = [each for each in problems if each.level == problem.level]
-        swapped.append(replace(problem, answer=same[(same.index(problem) + 1) % len(same)].answer))
+    for i, problem in enumerate(problems):
+        following = (each.answer for each in (*problems[i:], *problems[:i]) if each.level == problem.level)
+        swapped.append(replace(problem, answer=next((each for each in following if each != problem.answer), None)))
     return swapped
 
 
@@ -218,7 +220,8 @@ def forced_checks(
         begun = (
             f"<think>\n#1 {first} {words[sign]} {operand} is {total} ok\n#2 {total} {words[next_sign]} {next_operand}"
         )
-        for kind, said in (("right", truth), ("wrong", truth + 1)):
+        for said in range(max(0, truth - 2), truth + 3):  # as far off as a slip of the corpus is
+            kind = "right" if said == truth else "wrong"
             tokens = tokenizer.encode(problem.prompt) + tokenizer.encode(f"{begun} is {said}", tags=True)
             after = torch.tensor([[*tokens, wrong_id]], device=config.device)
             named, following = model(after, first=len(tokens) - 1)[0].softmax(-1)
@@ -281,7 +284,7 @@ def main(arguments: list[str]) -> None:
         models = {name: load_policy(flags.run / f"{name}.pt", tokenizer, config.device) for name in ("base", "r1_zero")}
     except ValueError as error:
         parser.error(str(error))
-    torch.set_num_threads(config.threads)
+    set_up(config)
     problems = []
     for level in range(config.evaluated_levels[0], config.max_level + BEYOND + 1):
         levels = range(level, level + 1)

@@ -90,8 +90,8 @@ RESULTS = Path(__file__).parent / "results"
 BASE, GRPO, DR_GRPO, OTHER, HACK = "tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red"
 
 
-def draw_results() -> None:
-    """Each picture from the results that there are, beside them."""
+def draw_results(folder: Path) -> None:
+    """Each picture from the results that there are in a folder, beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,12 +99,12 @@ def draw_results() -> None:
 
     plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
     for name, (results, part, draw, columns) in PICTURES.items():
-        if (RESULTS / f"{results}.json").exists():
+        if (folder / f"{results}.json").exists():
             figure, axes = plt.subplots(1, columns, figsize=(10, 3.6), layout="constrained")
-            draw(axes, json.loads((RESULTS / f"{results}.json").read_text())[part])
-            figure.savefig(RESULTS / f"{name}.png", dpi=150)
+            draw(axes, json.loads((folder / f"{results}.json").read_text())[part])
+            figure.savefig(folder / f"{name}.png", dpi=150)
             plt.close(figure)
-            print(f"-> {RESULTS / name}.png")
+            print(f"-> {folder / name}.png")
 
 
 def draw_spread(axis, logs: list[list[dict]], field: str, start: list[float] | None = None, **look) -> None:
@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if not args.run:
         check_picture(parser, "plot.py", RESULTS / "learning.png")
-        draw_results()
+        draw_results(RESULTS)
         return
     try:
         logs = {str(folder): read_log(folder, args.phase) for folder in args.run}

@@ -17,7 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms above it
 
-import torch
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer, get_tokenizer
@@ -35,6 +34,7 @@ from train import (
     padded,
     sample_problems,
     score,
+    set_up,
     stream,
 )
 
@@ -44,7 +44,8 @@ LR = 3e-4  # of 3e-4, 1e-3 and 3e-3 the best (NOTES.md)
 
 def sampled_rows(config: Config, model: Transformer, tokenizer: Tokenizer, step: int) -> tuple[Rows, list[bool]]:
     """What the model says to the problems of a step of GRPO, and with which of it all rules are content."""
-    problems = sample_problems(config, "problems", step, config.prompts, held_out=False)
+    levels = range(config.min_level, config.max_level + 1)
+    problems = sample_problems(config, "problems", step, config.prompts, held_out=False, levels=levels)
     seed = stream(config.seed, "rollout", step).getrandbits(63)
     how = {"group_size": config.group_size, "temperature": config.temperature, "seed": seed}
     rollout = complete(config, model, tokenizer, problems, **how)
@@ -105,7 +106,7 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"--rounds must be from 1 to the {config.steps} steps of the run")
         model = load_policy(flags.run / "base.pt", tokenizer, config.device)
         model.in_bfloat16 = config.in_bfloat16
-        torch.set_num_threads(config.threads)
+        set_up(config)
         found = rejection_sampling(config, model, tokenizer, flags.rounds, flags.lr)
     except ValueError as error:
         parser.error(str(error))

@@ -9,6 +9,7 @@ seeds it is there: that is computed from the runs, by the test beside each row.
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms above it
 
 from experiments.collect import RESULTS, at, write_into_readme
+from experiments.diagnose import ends
 
+BASE, R1 = "base", "r1_zero"
 Seed = dict  # what one seed shows, as study.phenomena_of gives it
-Number = Callable[[Seed], float]
+Number = Callable[[Seed], float | None]  # None where there is nothing to count
 
 
 def beyond(model: str, above: int, k: int, what: str = "pass@k") -> Number:
@@ -34,8 +37,10 @@ def highest(seed: Seed) -> int:
 def slope(model: str, kind: str = "all") -> Number:
     """Tokens that an operation more adds to a completion, or to one of a kind: least squares over trained levels."""
 
-    def number(seed: Seed) -> float:
+    def number(seed: Seed) -> float | None:
         points = [(int(level), seed["measured"][model]["lengths"][level][kind]) for level in seed["base"]["by_level"]]
+        if any(tokens is None for _, tokens in points):
+            return None
         x, y = (sum(values) / len(points) for values in zip(*points))
         return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
@@ -43,34 +48,39 @@ def slope(model: str, kind: str = "all") -> Number:
 
 
 def last(name: str, *run: str) -> Number:
-    """Mean of a field over the last tenth of the lines of a log that have it."""
-    return lambda seed: end_of(at(*run, "log")(seed), name, first=False)
+    """Mean of a field over the last tenth of those lines of a log that have it."""
+    return lambda seed: ends(at(*run, "log")(seed), name)[1]
 
 
 def first(name: str, *run: str) -> Number:
-    return lambda seed: end_of(at(*run, "log")(seed), name, first=True)
-
-
-def end_of(log: list[dict], name: str, first: bool) -> float:
-    values = [record[name] for record in log if name in record]
-    tenth = max(1, len(log) // 10)
-    part = values[:tenth] if first else values[-tenth:]
-    return sum(part) / len(part)
+    return lambda seed: ends(at(*run, "log")(seed), name)[0]
 
 
 def crossing(above: int) -> Number:
-    """The least k at which the base model is ahead, so many levels above the trained ones; infinity if it never is."""
+    """The least k from which on the base model is ahead by a point or more, so many levels above the trained ones;
+    infinity if it never is."""
 
     def number(seed: Seed) -> float:
-        base, r1_zero = (seed["measured"][name]["pass@k"][str(highest(seed) + above)] for name in ("base", "r1_zero"))
-        return min((int(k) for k in base if base[k] > r1_zero[k]), default=math.inf)
+        base, r1_zero = (seed["measured"][name]["pass@k"][str(highest(seed) + above)] for name in (BASE, R1))
+        behind = [int(k) for k in base if base[k] < r1_zero[k] + 0.01]
+        return min((int(k) for k in base if int(k) > max(behind, default=0)), default=math.inf)
 
     return number
 
 
-def checked(model: str) -> Number:
-    """Share of completions in which a step is looked at again."""
-    return lambda seed: seed["measured"][model]["styles"].get("checked", {"share": 0.0})["share"]
+def own_checks(kind: str) -> Number:
+    """Of the base model's own checks of steps that are "right" or "wrong", the share that says wrong."""
+
+    def number(seed: Seed) -> float | None:
+        found = seed["measured"][BASE]["checks"]
+        return found.get(f"{kind}, called wrong", 0) / found[kind] if kind in found else None
+
+    return number
+
+
+def share(model: str, style: str) -> Number:
+    """Share of a model's completions that are of this style."""
+    return lambda seed: seed["measured"][model]["styles"].get(style, {"share": 0.0})["share"]
 
 
 def opened(seed: Seed) -> float:
@@ -114,7 +124,22 @@ class Row:
     seen: Callable[[Seed], bool]
 
 
-BASE, R1 = "base", "r1_zero"
+CONTROLS = ("longer", "rejection sampling", "online rejection sampling")
+
+
+def millions(what: str) -> Number:
+    return lambda seed: seed["tokens"][what] / 1e6
+
+
+def by_chance(seed: Seed) -> float:
+    return beyond(BASE, 1, 16, "pass@k by chance")(seed)
+
+
+def gain_at(seed: Seed, which: int) -> float:
+    before, after = (list(seed[model]["by_level"].values())[which] for model in (BASE, R1))
+    return after - before
+
+
 ROWS = (
     Row(
         "right answers at temperature 1 (pass@1) rise",
@@ -145,7 +170,7 @@ ROWS = (
         lambda seed: seed["measured"][R1]["votes"]["16"] > seed["measured"][R1]["pass@1"],
     ),
     Row(
-        "hard problems gain most",
+        "hard problems gain more than easy ones",
         "MATH level 5: 55 -> 90 %, level 4: 78 -> 95 %",
         "the fewest operations: {:%} -> {:%}; the most: {:%} -> {:%}",
         "one operation more than trained on: {:%} -> {:%}",
@@ -157,51 +182,53 @@ ROWS = (
             beyond(BASE, 1, 1),
             beyond(R1, 1, 1),
         ),
-        lambda seed: gain_at(seed, -1) > gain_at(seed, 0),
+        lambda seed: gain_at(seed, -1) > gain_at(seed, 0) + 0.02,
     ),
     Row(
         "GRPO is worth more than its tokens spent otherwise",
         "GRPO > online RFT > RFT (DeepSeekMath)",
         "{:%}, for {:.2f} million tokens sampled and read",
-        "{:.2f} million of pretraining more: {:%}; as many completions for rejection sampling: {:%}; online: {:%}",
+        "pretraining, {:.2f} million more: {:%}; rejection sampling, {:.2f}: {:%}; the same online, {:.2f}: {:%}",
         (
             at(R1, "pass@1"),
-            lambda seed: seed["tokens"]["GRPO"] / 1e6,
-            lambda seed: seed["tokens"]["longer"] / 1e6,
+            millions("GRPO"),
+            millions("longer"),
             at("longer", "pass@1"),
+            millions("rejection sampling"),
             at("rejection sampling", "pass@1"),
+            millions("online rejection sampling"),
             at("online rejection sampling", "pass@1"),
         ),
         lambda seed: seed[R1]["pass@1"] > max(seed[name]["pass@1"] for name in CONTROLS),
     ),
     Row(
-        "where the gain comes from",
+        "most of the gain is a better style, not better steps",
         "-",
         "of {:.1f} points: better style {:.1f}, right more often in a style {:.1f}, tags around right answers {:.1f}",
         "thoughts in steps: {:%} -> {:%} of the completions",
         (
             lambda seed: 100 * sum(seed["measured"]["gain"].values()),
             *(lambda seed, part=part: 100 * seed["measured"]["gain"][part] for part in ("share", "right", "counted")),
-            at("measured", BASE, "styles", "steps", "share"),
-            at("measured", R1, "styles", "steps", "share"),
+            share(BASE, "steps"),
+            share(R1, "steps"),
         ),
         lambda seed: seed["measured"]["gain"]["share"] == max(seed["measured"]["gain"].values()),
     ),
     Row(
         "pass@k: the base overtakes at large k",
         "at k of tens to hundreds (Yue et al.)",
-        "most operations trained on, k = 16: {:%} and {:%}; two more: {:%} and {:%}",
-        "the base is ahead from k = {:d} and, two more, {:d}; its answers held against other problems, k = 16: {:%}",
+        "most operations trained on, k = 16: {:%} and {:%}; one more: {:%} and {:%}",
+        "ahead from k = {:d} and, one more, {:d} on; answers held against other problems, one more, k = 16: {:%}",
         (
             beyond(BASE, 0, 16),
             beyond(R1, 0, 16),
-            beyond(BASE, 2, 16),
-            beyond(R1, 2, 16),
+            beyond(BASE, 1, 16),
+            beyond(R1, 1, 16),
             crossing(0),
-            crossing(2),
-            beyond(BASE, 2, 16, "pass@k by chance"),
+            crossing(1),
+            beyond(BASE, 1, 16, "pass@k by chance"),
         ),
-        lambda seed: crossing(2)(seed) < math.inf,
+        lambda seed: beyond(BASE, 1, 16)(seed) > max(beyond(R1, 1, 16)(seed), by_chance(seed)) + 0.02,
     ),
     Row(
         "completions grow longer",
@@ -229,16 +256,16 @@ ROWS = (
         "self-checks become frequent",
         "reflective words 5 to 7 times as many",
         "{:%} -> {:%} of the completions check a step",
-        "a checked step is called wrong, if it is: {:%} -> {:%} of the time; if it is not: {:%} -> {:%}",
+        "the base calls {:%} of its wrong steps wrong, and {:%} of its right ones; of given ones {:%} and {:%}",
         (
-            checked(BASE),
-            checked(R1),
+            share(BASE, "checked"),
+            share(R1, "checked"),
+            own_checks("wrong"),
+            own_checks("right"),
             at("measured", BASE, "forced checks", "wrong, called wrong"),
-            at("measured", R1, "forced checks", "wrong, called wrong"),
             at("measured", BASE, "forced checks", "right, called wrong"),
-            at("measured", R1, "forced checks", "right, called wrong"),
         ),
-        lambda seed: checked(R1)(seed) > checked(BASE)(seed),
+        lambda seed: share(R1, "checked")(seed) > 1.5 * share(BASE, "checked")(seed),
     ),
     Row(
         "the language of the thought drifts",
@@ -255,7 +282,7 @@ ROWS = (
         "without: {:%}",
         (at("language_reward", R1, "by_language", "ko"), at("language", R1, "by_language", "ko")),
         lambda seed: (
-            seed["language_reward"][R1]["by_language"]["ko"] < seed["language"][R1]["by_language"]["ko"] - 0.005
+            seed["language_reward"][R1]["by_language"]["ko"] < seed["language"][R1]["by_language"]["ko"] - 0.02
         ),
     ),
     Row(
@@ -267,12 +294,6 @@ ROWS = (
         lambda seed: last("entropy")(seed) < first("entropy")(seed) / 2,
     ),
 )
-CONTROLS = ("longer", "rejection sampling", "online rejection sampling")
-
-
-def gain_at(seed: Seed, which: int) -> float:
-    before, after = (list(seed[model]["by_level"].values())[which] for model in (BASE, R1))
-    return after - before
 
 
 def phenomena_table(results: dict) -> str:
@@ -288,11 +309,10 @@ def phenomena_table(results: dict) -> str:
 
 
 LEVER_COLUMNS = {  # head: what stands under it, and its format
-    "pass@1, step 20": ("pass@1 at step 20", "%"),
-    "at the end": ("pass@1", "%"),
-    "one level beyond": ("pass@1, one level beyond", "%"),
+    "held out, step 20": ("held out, step 20", "%"),
+    "pass@1 at the end": ("pass@1", "%"),
+    "one operation more": ("beyond", "%"),
     "tokens": ("completion_tokens", ".1f"),
-    "entropy": ("entropy", ".3f"),
     "KL to the base": ("base_kl", ".3f"),
     "silent groups": ("silent", "%"),
     "completions": ("completions", ",.0f"),
@@ -316,33 +336,36 @@ def hacked_table(results: dict) -> str:
     lines = ["| rewarded for | reward in training | accuracy in training | pass@1 | tokens | diagnose.py finds |"]
     lines.append("| --- " * 6 + "|")
     for lever in results["rewards"]:
-
-        def over_seeds(name: str, spec: str, seeds: list[dict] = lever["seeds"]) -> str:
-            return format(Spread([seed[name] for seed in seeds]), spec)
-
-        ends = [
-            " -> ".join(over_seeds(f"{name}, {when}", spec) for when in ("first", "last"))
+        seeds = lever["seeds"]
+        ends_of = {name: zip(*(seed[name] for seed in seeds)) for name in ("reward", "accuracy")}
+        reward, accuracy = (
+            " -> ".join(format(Spread(values), spec) for values in ends_of[name])
             for name, spec in (("reward", ".2f"), ("accuracy", "%"))
-        ]
-        after = [over_seeds("pass@1", "%"), over_seeds("completion_tokens", ".1f")]
-        found = sorted({name for seed in lever["seeds"] for name in seed["diagnose"]})
-        lines.append(f"| {lever['label']} | {' | '.join([*ends, *after, ', '.join(found) or 'nothing'])} |")
+        )
+        right, tokens = (Spread([seed[name] for seed in seeds]) for name in ("pass@1", "completion_tokens"))
+        found = Counter(name for seed in seeds for name in seed["diagnose"])
+        complaints = ", ".join(f"{name} ({count} of {len(seeds)})" for name, count in found.items()) or "nothing"
+        lines.append(f"| {lever['label']} | {reward} | {accuracy} | {right:%} | {tokens:.1f} | {complaints} |")
     return "\n".join([*lines, "", made_with(results)])
 
 
 def made_with(results: dict) -> str:
-    return f"`{results['command']}`: mean (lowest-highest). {results['hardware']}, torch {results['torch']}."
+    how = f"{results['spread']}: mean (lowest-highest)"
+    return f"`{results['command']}`, {how}. {results['hardware']}, torch {results['torch']}."
 
 
 TABLES = {"phenomena": phenomena_table, "levers": levers_table, "hacked": hacked_table}
 
 
-def main() -> None:
+def main(folder: Path = RESULTS) -> None:
+    """Print the tables of the results that there are in a folder; those of the README's own go into it."""
     for name, table in TABLES.items():
-        path = RESULTS / f"{name}.json"
+        path = folder / f"{name}.json"
         if path.exists():
-            write_into_readme(f"{name}: made by experiments/report.py", table(json.loads(path.read_text())))
-            print(f"README.md: {name}")
+            text = table(json.loads(path.read_text()))
+            print(f"\n{text}")
+            if folder == RESULTS:
+                write_into_readme(f"{name}: made by experiments/report.py", text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
     python experiments/study.py --quick          # the phenomena alone
     python experiments/study.py --preset gpu     # on a GPU: that preset, five seeds side by side
 
-What is done is skipped and what was stopped goes on, so it can be stopped at any time and called again.
+What is done is skipped and what was stopped goes on, so it can be stopped at any time and called again; after a change
+of the code, give it another --out. The results of the cpu preset go to experiments/results and into the README, those
+of the gpu preset to experiments/results/gpu.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -35,9 +38,8 @@ from train import Config, sample_problems
 # What differs between the presets: seeds, the languages' runs, steps of pretraining that take the tokens of GRPO too,
 # rounds of online rejection sampling, jobs at a time.
 PLANS = {
-    "cpu": (3, "--languages en,ko --max_level 4 --pretrain_steps 8000", 8000, 80, os.cpu_count() or 1),
+    "cpu": (3, "--languages en,ko --max_level 4 --pretrain_steps 8000", 8000, 80, min(8, os.cpu_count() or 1)),
     "gpu": (5, "", 13600, 150, 5),
-    "tiny": (2, "--languages en,ko", 2000, 50, os.cpu_count() or 1),
 }
 FEWER = "--eval_problems 200"  # where runs are many
 LEVER_SEEDS = 3
@@ -73,7 +75,7 @@ LEVERS = {
     "dynamic_short": Lever("dynamic sampling, about as many completions", "--steps 35", "dynamic_sampling"),
 }
 HACKED = {
-    "by_the_rules": Lever("accuracy and format"),
+    "default": Lever("accuracy and format"),
     "paid_by_step": Lever("and half a point for each step", "", "paid_by_step"),
     "paid_by_right_step": Lever(
         "and half a point for each step that leads to a right answer", "", "paid_by_right_step"
@@ -131,31 +133,31 @@ def phenomena(folder: Path, preset: str, seed: int) -> list[Job]:
     ]
 
 
-def levers(folder: Path, preset: str, named: dict[str, Lever], base: Job) -> list[Job]:
-    """All seeds of each, from one base model."""
+def levers(folder: Path, preset: str, base: Job) -> list[Job]:
+    """All seeds of each lever and each reward, from one base model."""
     common = f"--preset {preset} {FEWER} --init {base.makes.parent}/base.pt"
     return [
         run_job(folder / f"seed{seed}", name, f"{common} --seed {seed} {lever.flags}", lever.variation, (base,))
         for seed in range(LEVER_SEEDS)
-        for name, lever in named.items()
+        for name, lever in (LEVERS | HACKED).items()
     ]
 
 
 def do(jobs: list[Job], lanes: int) -> None:
-    """Do what is not done yet, `lanes` jobs at a time; what each prints is in a file beside what it makes. A failed job
-    ends it all, when those beside it are done, with the name of that file. SIGINT and SIGTERM stop them all, and each
-    run of train.py then saves."""
+    """Do what is not done yet, `lanes` jobs at a time; what each prints is in a file of its name. A failed job ends it
+    all, when those beside it are done, with the name of that file. SIGINT and SIGTERM stop them all, and each run of
+    train.py then saves."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     waiting, done, started = [job for job in jobs if not job.makes.exists()], 0.0, time.perf_counter()
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="study", dynamic_ncols=True, bar_format=BAR)
-    running, processes = {}, set()
+    running, processes, stopping = {}, set(), threading.Event()
     with ThreadPoolExecutor(lanes) as pool, bar:
         try:
             while waiting or running:
                 for job in [job for job in waiting if all(need.makes.exists() for need in job.needs)]:
                     if len(running) < lanes:
                         waiting.remove(job)
-                        running[pool.submit(start, job, processes)] = job
+                        running[pool.submit(start, job, processes, stopping)] = job
                 pace = (time.perf_counter() - started) / 60 / done if done else 1 / lanes  # minutes, for each foreseen
                 left = pace * sum(job.minutes for job in (*waiting, *running.values()))
                 names = ", ".join(f"{job.folder.name}/{job.name}" for job in running.values())
@@ -163,17 +165,20 @@ def do(jobs: list[Job], lanes: int) -> None:
                 ended, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
                 for future in ended:
                     job = running.pop(future)
-                    if future.result():
+                    if future.result() or not job.makes.exists():
                         sys.exit(f"{job.name} failed: {job.folder}/{job.name}.txt says why")
                     done += job.minutes
                     bar.update()
         except KeyboardInterrupt:
+            stopping.set()
             for process in list(processes):
                 process.terminate()
             sys.exit("\nstopped: the same command goes on")
 
 
-def start(job: Job, processes: set[subprocess.Popen]) -> int:
+def start(job: Job, processes: set[subprocess.Popen], stopping: threading.Event) -> int:
+    if stopping.is_set():
+        return 1
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / f"{job.name}.txt").open("w") as printed:
         how = {"cwd": ROOT, "stdout": printed, "stderr": subprocess.STDOUT}
@@ -197,7 +202,7 @@ KEPT = (
     "no_signal",
     "rounds",
 )
-KEPT += ("held_out_accuracy", "base_kl", "language_ko", "accuracy_ko", "sample_seconds", "update_seconds")
+KEPT += ("held_out_accuracy", "base_kl", "language_ko", "accuracy_ko")
 
 
 def ended_run(folder: Path) -> dict:
@@ -246,45 +251,30 @@ def lever_of(folder: Path) -> dict:
     run, config = ended_run(folder), finished_run(folder)
     log = run["log"]
     looks = {record["step"]: record["held_out_accuracy"] for record in log if "held_out_accuracy" in record}
-    tenth = log[-max(1, len(log) // 10) :]
+    refilled = "rounds" in log[0]  # then its groups without signal are not in the log
     return {
-        "pass@1 at step 20": looks.get(20),
+        "held out, step 20": looks.get(20),
         "pass@1": run["r1_zero"]["pass@1"],
-        "pass@1, one level beyond": run["r1_zero"]["beyond"][str(config.max_level + 1)],
+        "beyond": run["r1_zero"]["beyond"][str(config.max_level + 1)],
         "completion_tokens": run["r1_zero"]["completion_tokens"],
         "base_kl": log[-1]["base_kl"],
-        "entropy": sum(record["entropy"] for record in tenth) / len(tenth),
-        "silent": sum(record["no_signal"] for record in log) / len(log),
+        "silent": None if refilled else sum(record["no_signal"] for record in log) / len(log),
         "completions": round(config.prompts * config.group_size * sum(record.get("rounds", 1) for record in log)),
-        "update_seconds": sum(record["update_seconds"] for record in log),
     }
 
 
 def hacked_of(folder: Path) -> dict:
     """What a reward made of one seed, and what diagnose.py says to its log."""
     run = ended_run(folder)
-    first, last = run["log"][:5], run["log"][-5:]
     found = diagnose.diagnose(diagnose.read_run(folder))
     return {
-        **{
-            f"{name}, {when}": sum(record[name] for record in part) / len(part)
-            for name in ("reward", "accuracy")
-            for when, part in (("first", first), ("last", last))
-        },
+        "reward": diagnose.ends(run["log"], "reward"),
+        "accuracy": diagnose.ends(run["log"], "accuracy"),
         "pass@1": run["r1_zero"]["pass@1"],
         "completion_tokens": run["r1_zero"]["completion_tokens"],
         "diagnose": [check.name for check, _, healthy in found if not healthy],
         "log": run["log"],
     }
-
-
-def write_results(name: str, command: str, hardware: str, found: dict) -> None:
-    results = {"command": command, "hardware": hardware, "torch": version("torch"), **found}
-    (RESULTS / f"{name}.json").write_text(json.dumps(results) + "\n")
-
-
-def hardware(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else collect.processor()
 
 
 def several(folder: Path, named: dict[str, Lever], read: Callable[[Path], dict]) -> list[dict]:
@@ -295,36 +285,51 @@ def several(folder: Path, named: dict[str, Lever], read: Callable[[Path], dict])
     ]
 
 
+def write_results(folder: Path, preset: str, results: Path, quick: bool) -> None:
+    """The results of all that was done, as JSON."""
+    seeds, device = PLANS[preset][0], finished_run(folder / "seed0/main").device
+    found = {
+        "phenomena": {
+            "spread": f"{seeds} seeds, a base model each",
+            "seeds": [phenomena_of(folder / f"seed{seed}", preset, seed) for seed in range(seeds)],
+        }
+    }
+    if not quick:
+        spread = {"spread": f"{LEVER_SEEDS} seeds of GRPO, from one base model; 200 held-out problems"}
+        found["levers"] = spread | {"levers": several(folder / "levers", LEVERS, lever_of)}
+        found["hacked"] = spread | {"rewards": several(folder / "levers", HACKED, hacked_of)}
+    made_with = {
+        "command": f"python experiments/study.py --preset {preset}",
+        "hardware": torch.cuda.get_device_name(device) if device.startswith("cuda") else collect.processor(),
+        "torch": version("torch"),
+    }
+    results.mkdir(exist_ok=True)
+    for name, each in found.items():
+        (results / f"{name}.json").write_text(json.dumps(made_with | each) + "\n")
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PLANS, default="cpu", help="of the runs [cpu]")
     parser.add_argument("--quick", action="store_true", help="the phenomena alone")
-    parser.add_argument("--lanes", type=int, help="jobs at a time [cpu: one for each core; gpu: 5]")
+    parser.add_argument("--lanes", type=int, help="jobs at a time [cpu: one for each core, 8 at most; gpu: 5]")
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="folder of the runs [out/study]")
     flags = parser.parse_args(arguments)
     seeds, *_, lanes = PLANS[flags.preset]
-    if (flags.lanes or lanes) < 1:
+    lanes = lanes if flags.lanes is None else flags.lanes
+    if lanes < 1:
         parser.error("--lanes must be at least 1")
     plot.check_picture(parser, "study.py", RESULTS / "learning.png")
-    folder = flags.out / flags.preset
+    folder = flags.out.absolute() / flags.preset
     jobs = [job for seed in range(seeds) for job in phenomena(folder / f"seed{seed}", flags.preset, seed)]
-    if not flags.quick:
-        jobs += levers(folder / "levers", flags.preset, LEVERS, jobs[0])
-        jobs += levers(folder / "rewards", flags.preset, HACKED, jobs[0])
-    do(jobs, flags.lanes or lanes)
+    do(jobs if flags.quick else jobs + levers(folder / "levers", flags.preset, jobs[0]), lanes)
 
-    device = finished_run(folder / "seed0/main").device
-    command = f"python experiments/study.py --preset {flags.preset}"
-    machine = hardware(device)
-    found = [phenomena_of(folder / f"seed{seed}", flags.preset, seed) for seed in range(seeds)]
-    write_results("phenomena", command, machine, {"seeds": found})
-    if not flags.quick:
-        write_results("levers", command, machine, {"levers": several(folder / "levers", LEVERS, lever_of)})
-        write_results("hacked", command, machine, {"rewards": several(folder / "rewards", HACKED, hacked_of)})
-    report.main()
-    plot.draw_results()
+    results = RESULTS if flags.preset == "cpu" else RESULTS / flags.preset
+    write_results(folder, flags.preset, results, flags.quick)
+    report.main(results)
+    plot.draw_results(results)
     if flags.preset == "cpu":
         collect.main(["cpu", *(str(folder / f"seed{seed}/main") for seed in range(seeds))])
         names = ("language", "language_reward")

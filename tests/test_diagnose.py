@@ -85,7 +85,7 @@ def test_what_a_log_does_not_hold_is_not_asked(tmp_path, capsys):
     found = diagnose.diagnose(log(base_kl=None, k3_old=None, held_out_accuracy=None))
     assert {"distance", "policy step", "held-out accuracy"}.isdisjoint(check.name for check, _, _ in found)
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log(cut=stuck)))
-    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    (tmp_path / "config.json").write_text('{"dtype": "float32", "device": "cpu"}')
     diagnose.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path}: {STEPS} steps of GRPO"

@@ -3,11 +3,12 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 import train
 from data.arithmetic import write_problem
-from experiments import measure, plot, rejection_sampling, report, study, variations
+from experiments import collect, measure, plot, rejection_sampling, report, study, variations
 from grpo import VARIANTS, group_advantages, loss_normalizer, token_logps
 from rewards import accuracy_reward, format_reward
 from sample import decode_completions
@@ -83,11 +84,11 @@ def test_styles_lengths_votes_and_pass_at_k_are_of_the_completions_given():
     assert accuracy == pytest.approx(4 / 8), "what the accuracy rule gives"
     assert measure.pass_at(problems, answers)["2"] == {"1": 0.5, "2": pytest.approx(5 / 6), "4": 1.0}
     assert measure.votes(problems, answers, 2) == 0.5, "no answer is no vote"
-    assert [problem.answer for problem in measure.of_others([*problems, write_problem("1 + 1 + 1")])] == [
-        "3",
-        "12",
-        "12",
-    ]
+    more = [*problems, write_problem("8 + 5 - 1"), write_problem("1 + 1 + 1"), write_problem("7 + 4")]
+    assert [problem.answer for problem in measure.of_others(more)] == ["3", "11", "3", "12", "12"]
+    assert [problem.answer for problem in measure.of_others(problems)] == [None, None], "one problem a level"
+    tail = GLIB + " 13"  # which the accuracy rule counts, though its last number is another
+    assert measure.by_style(problems[:1], answers_to([tail])) == {"glib": {"share": 1, "right": 1, "counted": 1}}
     found = measure.lengths(problems, answers)
     assert found["2"]["right"] == (len(CLEAN) + len(GLIB)) / 2 and found["2"]["wrong"] == 3
     assert found["1"]["steps"] == len(CLEAN)
@@ -101,6 +102,12 @@ def test_the_parts_of_a_gain_add_up_to_it_and_are_where_the_change_was():
     after = {"steps": {"share": 1.0, "right": 0.95, "counted": 1.0}}
     parts = measure.gain_parts(base, after)
     assert sum(parts.values()) == pytest.approx(0.95 - (0.8 * 0.25 + 0.2 * 0.9) * 0.5)
+    # Of one style: what each change adds depends on whether the other has come before, and both orders count half.
+    one, other = (
+        {"glib": {"share": 0.5, "right": 1.0, "counted": 1.0}},
+        {"glib": {"share": 1.0, "right": 0.5, "counted": 1.0}},
+    )
+    assert measure.gain_parts(one, other) == pytest.approx({"share": 0.375, "right": -0.375, "counted": 0})
     only = {name: dict(values) for name, values in base.items()}
     for style in only.values():
         style["counted"] = 1.0
@@ -127,12 +134,14 @@ def test_forced_checks_are_the_models_probabilities_of_the_words_that_follow():
         with torch.no_grad():
             return model(torch.tensor([tokenizer.encode(text, tags=True)]))[0, -1].softmax(-1)
 
-    for kind, said in (("right", 12), ("wrong", 13)):
-        p = after(f"{begun}{said}")
-        assert found[f"{kind}, checked"] == pytest.approx((p[ids["ok"]] + p[ids["wait"]]).item(), rel=1e-4)
-        called = p[ids["wait"]] / (p[ids["ok"]] + p[ids["wait"]])
-        assert found[f"{kind}, called wrong"] == pytest.approx(called.item(), rel=1e-4)
-    assert found["mended"] == pytest.approx(after(f"{begun}13 wait")[ids["12"]].item(), rel=1e-4)
+    for kind, saids in (("right", [12]), ("wrong", [10, 11, 13, 14])):
+        probabilities = [after(f"{begun}{said}") for said in saids]
+        checked = [p[ids["ok"]] + p[ids["wait"]] for p in probabilities]
+        assert found[f"{kind}, checked"] == pytest.approx(torch.stack(checked).mean().item(), rel=1e-4)
+        called = [p[ids["wait"]] / c for p, c in zip(probabilities, checked)]
+        assert found[f"{kind}, called wrong"] == pytest.approx(torch.stack(called).mean().item(), rel=1e-4)
+    mended = [after(f"{begun}{said} wait")[ids["12"]] for said in (10, 11, 13, 14)]
+    assert found["mended"] == pytest.approx(torch.stack(mended).mean().item(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ variations
@@ -306,6 +315,8 @@ def test_a_job_that_fails_is_named_with_the_file_that_says_why(tmp_path):
         study.do([bad, job(tmp_path, "after", WRITE, bad)], lanes=2)
     assert (tmp_path / "bad.txt").read_text() == "no luck\n"
     assert not (tmp_path / "after").exists()
+    with pytest.raises(SystemExit, match="idle failed"):
+        study.do([job(tmp_path, "idle", "pass")], lanes=1)
 
 
 def test_a_stopped_study_stops_its_jobs_and_says_so(tmp_path):
@@ -333,8 +344,7 @@ def test_a_stopped_study_stops_its_jobs_and_says_so(tmp_path):
 def test_each_run_of_the_plan_has_flags_that_train_takes_and_goes_on_where_it_was_stopped(preset, tmp_path, restored):
     variations.mean_only()
     jobs = study.phenomena(tmp_path, preset, 1)
-    for named in (study.LEVERS, study.HACKED):
-        jobs += study.levers(tmp_path / "more", preset, named, jobs[0])
+    jobs += study.levers(tmp_path / "more", preset, jobs[0])
     assert len({each.makes for each in jobs}) == len(jobs)
     for each in jobs:
         script, *rest = each.command()
@@ -347,6 +357,13 @@ def test_each_run_of_the_plan_has_flags_that_train_takes_and_goes_on_where_it_wa
         if script != "train.py":
             assert rest.pop(0) in variations.VARIATIONS
         config, _ = train.parse_config(rest)
+        table = {"main": "cpu", "language": "language", "language_reward": "language"}.get(each.name)
+        if table and preset == "cpu":
+            folder = tmp_path / "of the readme" / each.name
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps(asdict(config)))
+            (folder / "result.json").write_text("{}")
+            collect.read_run(folder, collect.TABLES[table])  # which wants a run of just these settings
         assert Path(config.out) / "result.json" == each.makes
         Path(config.out).mkdir(parents=True)
         (Path(config.out) / "last.pt").touch()
@@ -380,17 +397,13 @@ def test_the_readmes_pictures_are_drawn_from_the_results(tmp_path, monkeypatch):
         assert (RESULTS / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_base_is_ahead_from_the_least_k_at_which_it_is():
-    seed = {
-        "base": {"by_level": {"2": 0.5}},
-        "measured": {
-            "base": {"pass@k": {"3": {"1": 0.1, "2": 0.2, "4": 0.5}}},
-            "r1_zero": {"pass@k": {"3": {"1": 0.2, "2": 0.2, "4": 0.3}}},
-        },
-    }
-    assert report.crossing(1)(seed) == 4
-    seed["measured"]["r1_zero"]["pass@k"]["3"]["4"] = 0.6
-    assert report.crossing(1)(seed) == float("inf")
+def test_the_base_is_ahead_from_the_least_k_from_which_on_it_is():
+    base, r1_zero = {"1": 0.25, "2": 0.1, "4": 0.5, "8": 0.6}, {"1": 0.2, "2": 0.2, "4": 0.3, "8": 0.595}
+    models = {"base": {"pass@k": {"3": base}}, "r1_zero": {"pass@k": {"3": r1_zero}}}
+    seed = {"base": {"by_level": {"2": 0.5}}, "measured": models}
+    assert report.crossing(1)(seed) == float("inf"), "half a point is no lead"
+    r1_zero["8"] = 0.5
+    assert report.crossing(1)(seed) == 4, "it was ahead at 1 too, but not to stay"
 
 
 def test_a_slope_is_the_tokens_that_an_operation_more_adds():
@@ -407,3 +420,181 @@ def test_a_spread_is_mean_and_range_in_the_format_asked_for():
     assert f"{spread([16, 4]):d}" == "4-16" and f"{spread([4, 4]):d}" == "4"
     assert f"{spread([4, float('inf')]):d}" == "4-never"
     assert f"{spread([1.0, None]):%}" == "-"
+
+
+def one_seed():
+    """What study.phenomena_of gives, by hand: a seed in which every row of the table is seen, at two trained levels."""
+    ks = ("1", "16")
+    levels = {"base": {"2": 0.25, "3": 0.125}, "r1_zero": {"2": 0.75, "3": 0.875}}
+    lengths = {"base": {"2": 8, "3": 9}, "r1_zero": {"2": 18, "3": 24}}
+    pass_at_k = {
+        "base": {"3": dict(zip(ks, (0.125, 0.5))), "4": dict(zip(ks, (0.1, 0.75)))},
+        "r1_zero": {"3": dict(zip(ks, (0.875, 1.0))), "4": dict(zip(ks, (0.2, 0.25)))},
+    }
+    styles = {"base": {"steps": {"share": 0.25}, "checked": {"share": 0.1}}, "r1_zero": {"steps": {"share": 0.75}}}
+    styles["r1_zero"]["checked"] = {"share": 0.2}
+    thinks = {"en": 0.625}
+    model = {
+        name: {
+            "pass@1": accuracy, "greedy": accuracy, "by_level": levels[name], "completion_tokens": tokens,
+            "by_language": {"ko": 0.5}, "thinks_in": {"ko": dict(thinks)},
+        }
+        for name, accuracy, tokens in (("base", 0.1875, 10.0), ("r1_zero", 0.8125, 30.0))
+    }  # fmt: skip
+    log = [
+        {"step": i, "entropy": 1 / (1 + i), "no_signal": i / 20, "wrong_tokens": 20.0 + i}
+        | ({"base_kl": i / 10} if i % 10 == 0 else {})
+        for i in range(1, 21)
+    ]
+    run = {**model, "log": log}
+    measured = {
+        name: {
+            "pass@1": 0.2, "lenient": 0.375, "opened": {"<think>": 0.4, "<think>\n#1": 0.625},
+            "votes": {"16": {"base": 0.5, "r1_zero": 1.0}[name]}, "pass@k": pass_at_k[name],
+            "pass@k by chance": {"4": {"16": 0.5}}, "styles": styles[name],
+            "lengths": {level: {"all": tokens, "steps": 3 * tokens} for level, tokens in lengths[name].items()},
+            "checks": {"right": 40, "right, called wrong": 4, "wrong": 8, "wrong, called wrong": 6},
+            "forced checks": {"right, called wrong": 0.125, "wrong, called wrong": 0.25},
+        }
+        for name in ("base", "r1_zero")
+    }  # fmt: skip
+    rewarded = json.loads(json.dumps(run))
+    rewarded["r1_zero"] |= {"by_language": {"ko": 0.25}, "thinks_in": {"ko": {"en": 0.0}}}
+    return {
+        "seed": 0, **run, "dr_grpo": run, "language": run, "language_reward": rewarded,
+        "tokens": {"GRPO": 1.5e6, "longer": 1.25e6, "rejection sampling": 1e6, "online rejection sampling": 1.75e6},
+        "longer": {"pass@1": 0.25},
+        "rejection sampling": {"pass@1": 0.5}, "online rejection sampling": {"pass@1": 0.75},
+        "measured": measured | {"gain": {"share": 0.3, "right": 0.2, "counted": 0.125}},
+    }  # fmt: skip
+
+
+EXPECTED = """\
+18.8 % -> 81.2 %; greedy 18.8 % -> 81.2 % | the base read leniently, tags or no tags: 37.5 %; \
+its thought opened for it, up to `#1`: 62.5 %
+50.0 % -> 100.0 % | pass@1 of the same completions: 20.0 % -> 20.0 %
+the fewest operations: 25.0 % -> 75.0 %; the most: 12.5 % -> 87.5 % | \
+one operation more than trained on: 10.0 % -> 20.0 %
+81.2 %, for 1.50 million tokens sampled and read | \
+pretraining, 1.25 million more: 25.0 %; rejection sampling, 1.00: 50.0 %; the same online, 1.75: 75.0 %
+of 62.5 points: better style 30.0, right more often in a style 20.0, tags around right answers 12.5 | \
+thoughts in steps: 25.0 % -> 75.0 % of the completions
+most operations trained on, k = 16: 50.0 % and 100.0 %; one more: 75.0 % and 25.0 % | \
+ahead from k = never and, one more, 16 on; answers held against other problems, one more, k = 16: 50.0 %
+10.0 -> 30.0 tokens | \
+Dr. GRPO's loss, which favours no length: 30.0; wrong answers at the end: 39.5, by Dr. GRPO's 39.5
+1.0 -> 6.0 tokens for each operation more | within thoughts in steps alone the base has 3.0
+10.0 % -> 20.0 % of the completions check a step | \
+the base calls 75.0 % of its wrong steps wrong, and 10.0 % of its right ones; of given ones 25.0 % and 12.5 %
+Korean questions thought through in English: 62.5 % -> 62.5 % | with the language reward: 0.0 %
+right answers to Korean questions: 25.0 % with it | without: 50.0 %
+0.417 -> 0.049 nats a token | groups without signal: 7.5 % -> 97.5 %; KL to the base at the end: 2.000 nats a token
+"""
+
+
+def cells_of(seed):
+    results = {"seeds": [seed], "spread": "1 seed", "command": "c", "hardware": "h", "torch": "t"}
+    lines = report.phenomena_table(results).splitlines()
+    assert lines[-1] == "`c`, 1 seed: mean (lowest-highest). h, torch t."
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:-2]]
+
+
+def test_each_row_of_the_phenomena_says_the_numbers_of_the_seeds():
+    assert [f"{here} | {against}" for _, _, here, against, _ in cells_of(one_seed())] == EXPECTED.splitlines()
+    assert [seen for *_, seen in cells_of(one_seed())] == ["1 of 1"] * len(report.ROWS)
+
+
+def put(seed, value, *path):
+    *way, last = path
+    for name in way:
+        seed = seed[name]
+    seed[last] = value
+
+
+@pytest.mark.parametrize(
+    ("what", "path", "value"),
+    [
+        ("right answers", ("measured", "base", "opened", "<think>\n#1"), 0.85),
+        ("right answers", ("measured", "base", "lenient"), 0.85),
+        ("the majority", ("measured", "r1_zero", "votes", "16"), 0.2),
+        ("hard problems", ("r1_zero", "by_level", "2"), 0.99),
+        ("GRPO is worth", ("online rejection sampling", "pass@1"), 0.9),
+        ("GRPO is worth", ("longer", "pass@1"), 0.9),
+        ("most of the gain", ("measured", "gain", "counted"), 0.4),
+        ("pass@k", ("measured", "base", "pass@k by chance", "4", "16"), 0.75),
+        ("pass@k", ("measured", "r1_zero", "pass@k", "4", "16"), 0.75),
+        ("completions grow", ("dr_grpo", "r1_zero", "completion_tokens"), 12.0),
+        ("harder problems", ("measured", "r1_zero", "lengths", "3", "all"), 19),
+        ("self-checks", ("measured", "r1_zero", "styles", "checked", "share"), 0.12),
+        ("the language of", ("language", "r1_zero", "thinks_in", "ko", "en"), 0.4),
+        ("the language reward", ("language_reward", "r1_zero", "by_language", "ko"), 0.49),
+        ("entropy", ("log",), [{"entropy": 1.0, "no_signal": 0.5, "base_kl": 0.1, "wrong_tokens": 1.0}]),
+    ],
+)
+def test_a_row_is_not_seen_in_a_seed_without_it(what, path, value):
+    seed = json.loads(json.dumps(one_seed()))  # so that no two parts of it are one
+    put(seed, value, *path)
+    for name, *_, seen in cells_of(seed):
+        assert seen == ("0 of 1" if name.startswith(what) else "1 of 1"), name
+
+
+@pytest.fixture(scope="module")
+def small_study(tmp_path_factory):
+    """A study's folder in which each run is the same very small one, and each measurement is of it."""
+    folder = tmp_path_factory.mktemp("study")
+    shape = ["--n_layer=1", "--n_head=2", "--n_kv_head=1", "--d_model=16", "--d_ff=24", "--languages=en,ko"]
+    few = ["--pretrain_steps=2", "--steps=3", "--prompts=4", "--eval_problems=8", "--eval_samples=8", "--eval_every=1"]
+    first = folder / "seed0" / "main"
+    train.main(["--preset=cpu", *shape, *few, "--max_new_tokens=20", "--out", str(first)])
+    measure.main([str(first), "--problems=2", "--samples=16"])
+    for rounds in (1, 80):
+        evaluation = json.loads((first / "result.json").read_text())["base"]
+        written = {"tokens": 1000 * rounds, "kept": [0.5], "model": evaluation}
+        (first / f"rejection_sampling_{rounds}.json").write_text(json.dumps(written))
+    jobs = study.phenomena(folder / "seed0", "cpu", 0)
+    for each in (*jobs, *study.levers(folder / "levers", "cpu", jobs[0])):
+        if not each.makes.exists():
+            shutil.copytree(first, each.makes.parent)
+    return folder
+
+
+def test_the_study_collects_tabulates_and_draws_what_its_runs_left(small_study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(study.PLANS, "cpu", (1, *study.PLANS["cpu"][1:]))
+    study.write_results(small_study, "cpu", tmp_path, quick=False)
+    log = plot.read_log(small_study / "seed0/main")
+    (seed,) = json.loads((tmp_path / "phenomena.json").read_text())["seeds"]
+    assert [record["step"] for record in seed["log"]] == [1, 2, 3]
+    assert seed["log"][2]["base_kl"] == pytest.approx(log[2]["base_kl"], rel=1e-3)
+    config = measure.finished_run(small_study / "seed0/main")
+    rollouts = [train.sample_problems(config, "problems", i, 4, held_out=False, levels=range(2, 6)) for i in range(3)]
+    prompts = [8 * len(tokenizer.encode(problem.prompt)) for problems in rollouts for problem in problems]
+    completions = [32 * record["completion_tokens"] for record in log]
+    assert seed["tokens"]["GRPO"] == pytest.approx(sum(prompts) + sum(completions), abs=1)
+    assert seed["tokens"]["online rejection sampling"] == 80_000
+
+    levers = json.loads((tmp_path / "levers.json").read_text())["levers"]
+    assert [lever["name"] for lever in levers] == list(study.LEVERS)
+    for each in levers[0]["seeds"]:
+        assert each["completions"] == 3 * 32 and each["base_kl"] == pytest.approx(log[-1]["base_kl"], rel=1e-3)
+    rewards = json.loads((tmp_path / "hacked.json").read_text())["rewards"]
+    assert [lever["name"] for lever in rewards] == list(study.HACKED)
+    assert rewards[0]["seeds"][0]["reward"] == pytest.approx([log[0]["reward"], log[-1]["reward"]], abs=1e-3)
+
+    report.main(tmp_path)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == len(report.ROWS) + len(study.LEVERS) + len(study.HACKED) + 3 * 2  # heads, and lines under them
+    plot.draw_results(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(plot.PICTURES)
+
+
+def test_rejection_sampling_refuses_what_it_cannot_do_in_one_line(small_study, capsys):
+    run = str(small_study / "seed0/main")
+    for flags, complaint in (
+        ([run], "has no completion to keep"),
+        ([run, "--rounds=9"], "from 1 to the 3 steps of the run"),
+        ([str(small_study)], "is not the folder of a run that has ended"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            rejection_sampling.main(flags)
+        printed = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and complaint in printed[-1]
