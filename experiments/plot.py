@@ -117,7 +117,7 @@ def draw_spread(axis, logs: list[list[dict]], field: str, start: list[float] | N
                 by_step.setdefault(record["step"], []).append(record[field])
     whole = {step: values for step, values in sorted(by_step.items()) if len(values) == len(logs)}
     low, high = ([pick(values) for values in whole.values()] for pick in (min, max))
-    (line,) = axis.plot(whole, [sum(values) / len(values) for values in whole.values()], **look)
+    (line,) = axis.plot(list(whole), [sum(values) / len(values) for values in whole.values()], **look)
     axis.fill_between(list(whole), low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
