@@ -68,12 +68,12 @@ def crossing(above: int) -> Number:
     return number
 
 
-def own_checks(kind: str) -> Number:
-    """Of the base model's own checks of steps that are "right" or "wrong", the share that says wrong."""
+def own_checks(what: str, among: str) -> Number:
+    """Among the base model's own checks of one kind, the share of another."""
 
     def number(seed: Seed) -> float | None:
         found = seed["measured"][BASE]["checks"]
-        return found.get(f"{kind}, called wrong", 0) / found[kind] if kind in found else None
+        return found.get(what, 0) / found[among] if among in found else None
 
     return number
 
@@ -256,12 +256,13 @@ ROWS = (
         "self-checks become frequent",
         "reflective words 5 to 7 times as many",
         "{:%} -> {:%} of the completions check a step",
-        "the base calls {:%} of its wrong steps wrong, and {:%} of its right ones; of given ones {:%} and {:%}",
+        "base: calls {:%} of its wrong steps wrong (mends {:%} of these), {:%} of its right ones; of given {:%}, {:%}",
         (
             share(BASE, "checked"),
             share(R1, "checked"),
-            own_checks("wrong"),
-            own_checks("right"),
+            own_checks("wrong, called wrong", "wrong"),
+            own_checks("wrong, mended", "wrong, called wrong"),
+            own_checks("right, called wrong", "right"),
             at("measured", BASE, "forced checks", "wrong, called wrong"),
             at("measured", BASE, "forced checks", "right, called wrong"),
         ),

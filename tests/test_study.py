@@ -453,7 +453,7 @@ def one_seed():
             "votes": {"16": {"base": 0.5, "r1_zero": 1.0}[name]}, "pass@k": pass_at_k[name],
             "pass@k by chance": {"4": {"16": 0.5}}, "styles": styles[name],
             "lengths": {level: {"all": tokens, "steps": 3 * tokens} for level, tokens in lengths[name].items()},
-            "checks": {"right": 40, "right, called wrong": 4, "wrong": 8, "wrong, called wrong": 6},
+            "checks": {"right": 40, "right, called wrong": 4, "wrong": 8, "wrong, called wrong": 6, "wrong, mended": 3},
             "forced checks": {"right, called wrong": 0.125, "wrong, called wrong": 0.25},
         }
         for name in ("base", "r1_zero")
@@ -485,7 +485,7 @@ ahead from k = never and, one more, 16 on; answers held against other problems, 
 Dr. GRPO's loss, which favours no length: 30.0; wrong answers at the end: 39.5, by Dr. GRPO's 39.5
 1.0 -> 6.0 tokens for each operation more | within thoughts in steps alone the base has 3.0
 10.0 % -> 20.0 % of the completions check a step | \
-the base calls 75.0 % of its wrong steps wrong, and 10.0 % of its right ones; of given ones 25.0 % and 12.5 %
+base: calls 75.0 % of its wrong steps wrong (mends 50.0 % of these), 10.0 % of its right ones; of given 25.0 %, 12.5 %
 Korean questions thought through in English: 62.5 % -> 62.5 % | with the language reward: 0.0 %
 right answers to Korean questions: 25.0 % with it | without: 50.0 %
 0.417 -> 0.049 nats a token | groups without signal: 7.5 % -> 97.5 %; KL to the base at the end: 2.000 nats a token
