@@ -140,11 +140,13 @@ def draw_learning(axes, seeds: list[dict]) -> None:
         "rejection sampling": [seed["rejection sampling"]["pass@1"] for seed in seeds],
         "more pretraining": [seed["longer"]["pass@1"] for seed in seeds],
     }
-    end = max(record["step"] for record in logs["GRPO"][0])
-    for name, values in lines.items():
+    end, above = max(record["step"] for record in logs["GRPO"][0]), math.inf
+    for name, values in sorted(lines.items(), key=lambda line: -sum(line[1])):
         mean = sum(values) / len(values)
         accuracy.axhline(mean, color=BASE, linestyle="--", linewidth=1)
-        accuracy.annotate(name, (end, mean), ha="right", va="bottom", fontsize=8, color="dimgray")
+        side = "top" if above - mean < 0.06 else "bottom"  # of the line: not over the name of the one above
+        accuracy.annotate(name, (end, mean), ha="right", va=side, fontsize=8, color="dimgray")
+        above = mean
     reward.set(title="reward: accuracy + format", xlabel="step of GRPO", ylim=(0, 2.05))
     accuracy.set(title="right answers, held out (pass@1)", xlabel="step of GRPO", ylim=(0, 1.05))
     length.set(title="tokens of a completion", xlabel="step of GRPO", ylim=(0, None))
@@ -159,16 +161,18 @@ def draw_pass_at_k(axes, seeds: list[dict]) -> None:
         for name, what, label, color in (
             ("base", "pass@k", "base", BASE),
             ("r1_zero", "pass@k", "R1-Zero", GRPO),
-            ("base", "pass@k by chance", "base, held against others' answers", OTHER),
+            ("base", "pass@k by chance", "base, held against the answers of other problems: chance", OTHER),
         ):
             curves = [seed["measured"][name][what][str(level)] for seed in seeds]
             logs = [[{"step": int(k), "value": value} for k, value in curve.items()] for curve in curves]
             draw_spread(axis, logs, "value", color=color, marker=".", label=label)
-        beyond = f"{level - highest} beyond" if level > highest else "the hardest trained on"
-        axis.set(title=f"level {level}: {beyond}", xlabel="k", xscale="log", ylim=(0, 1.05))
+        beyond = f"{level - highest} more" if level > highest else "the most trained on"
+        axis.set_xscale("log", base=4)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set(title=f"level {level}: {beyond}", xlabel="k", ylim=(0, 1.05))
         axis.title.set_fontsize(10)
     axes[0].set_ylabel("pass@k")
-    axes[0].legend(fontsize=7, loc="lower right")
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, ncols=3, loc="outside lower center")
 
 
 def draw_language(axes, seeds: list[dict]) -> None:

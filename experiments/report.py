@@ -218,7 +218,7 @@ ROWS = (
         "pass@k: the base overtakes at large k",
         "at k of tens to hundreds (Yue et al.)",
         "most operations trained on, k = 16: {:%} and {:%}; one more: {:%} and {:%}",
-        "ahead from k = {:d} and, one more, {:d} on; answers held against other problems, one more, k = 16: {:%}",
+        "ahead from k on: {:d}; one more: {:d}; by chance (answers of other problems), one more, k = 16: {:%}",
         (
             beyond(BASE, 0, 16),
             beyond(R1, 0, 16),

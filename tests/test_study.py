@@ -480,7 +480,7 @@ pretraining, 1.25 million more: 25.0 %; rejection sampling, 1.00: 50.0 %; the sa
 of 62.5 points: better style 30.0, right more often in a style 20.0, tags around right answers 12.5 | \
 thoughts in steps: 25.0 % -> 75.0 % of the completions
 most operations trained on, k = 16: 50.0 % and 100.0 %; one more: 75.0 % and 25.0 % | \
-ahead from k = never and, one more, 16 on; answers held against other problems, one more, k = 16: 50.0 %
+ahead from k on: never; one more: 16; by chance (answers of other problems), one more, k = 16: 50.0 %
 10.0 -> 30.0 tokens | \
 Dr. GRPO's loss, which favours no length: 30.0; wrong answers at the end: 39.5, by Dr. GRPO's 39.5
 1.0 -> 6.0 tokens for each operation more | within thoughts in steps alone the base has 3.0
