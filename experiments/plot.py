@@ -203,9 +203,9 @@ def draw_hacked(axes, rewards: list[dict]) -> None:
         logs = [seed["log"] for seed in rule["seeds"]]
         draw_spread(reward, logs, "reward", color=color, label=rule["label"])
         draw_spread(accuracy, logs, "held_out_accuracy", color=color, marker=".", label=rule["label"])
-    reward.set(title="reward", xlabel="step of GRPO", ylim=(0, None))
+    reward.set(title="reward", xlabel="step of GRPO", ylim=(0, 8))  # with room for the names
     accuracy.set(title="right answers, held out", xlabel="step of GRPO", ylim=(0, 1.05))
-    accuracy.legend(fontsize=8, loc="center right")
+    reward.legend(fontsize=8, loc="upper left")
 
 
 PICTURES = {  # by name: results, and the part of them, that it is drawn from; how; panels

@@ -203,6 +203,7 @@ KEPT = (
     "rounds",
 )
 KEPT += ("held_out_accuracy", "base_kl", "language_ko", "accuracy_ko")
+DRAWN = ("step", "reward", "held_out_accuracy")  # of the hacked reward
 
 
 def ended_run(folder: Path) -> dict:
@@ -273,7 +274,7 @@ def hacked_of(folder: Path) -> dict:
         "pass@1": run["r1_zero"]["pass@1"],
         "completion_tokens": run["r1_zero"]["completion_tokens"],
         "diagnose": [check.name for check, _, healthy in found if not healthy],
-        "log": run["log"],
+        "log": [{name: record[name] for name in DRAWN if name in record} for record in run["log"]],
     }
 
 
