@@ -154,6 +154,24 @@ def draw_learning(axes, seeds: list[dict]) -> None:
     length.legend(fontsize=8, loc="lower right")
 
 
+def draw_signals(axes, seeds: list[dict]) -> None:
+    """What is left to learn from, and how far the policy has gone; by GRPO and by Dr. GRPO."""
+    fields = {
+        "entropy": "entropy, nats a token",
+        "no_signal": "share of groups without signal",
+        "base_kl": "KL(policy, base), nats a token",
+    }
+    for axis, (field, title) in zip(axes, fields.items()):
+        start = [0.0] * len(seeds) if field == "base_kl" else None
+        look = {"marker": "."} if field == "base_kl" else {}
+        draw_spread(axis, [seed["log"] for seed in seeds], field, start, color=GRPO, label="GRPO", **look)
+        draw_spread(
+            axis, [seed["dr_grpo"]["log"] for seed in seeds], field, start, color=DR_GRPO, label="Dr. GRPO", **look
+        )
+        axis.set(title=title, xlabel="step of GRPO", ylim=(0, None))
+    axes[0].legend(fontsize=8)
+
+
 def draw_pass_at_k(axes, seeds: list[dict]) -> None:
     """pass@k of base and R1-Zero: at the hardest trained level, and at three beyond."""
     highest = max(map(int, seeds[0]["base"]["by_level"]))
@@ -210,6 +228,7 @@ def draw_hacked(axes, rewards: list[dict]) -> None:
 
 PICTURES = {  # by name: results, and the part of them, that it is drawn from; how; panels
     "learning": ("phenomena", "seeds", draw_learning, 3),
+    "signals": ("phenomena", "seeds", draw_signals, 3),
     "pass_at_k": ("phenomena", "seeds", draw_pass_at_k, 4),
     "language": ("phenomena", "seeds", draw_language, 2),
     "hacked": ("hacked", "rewards", draw_hacked, 2),
