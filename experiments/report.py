@@ -131,6 +131,19 @@ def millions(what: str) -> Number:
     return lambda seed: seed["tokens"][what] / 1e6
 
 
+def kl_of_a_completion(seed: Seed) -> float:
+    """KL(R1-Zero, base) in nats, of whole completions."""
+    return last("base_kl")(seed) * seed[R1]["completion_tokens"]
+
+
+def least_kl(seed: Seed) -> float:
+    """The least KL, in nats, to the base model of a policy whose completions are all right, in steps and counted: that
+    of the base model given that it does so, which is -ln of the chance that it does."""
+    return -math.log(
+        math.prod(seed["measured"][BASE]["styles"]["steps"][name] for name in ("share", "right", "counted"))
+    )
+
+
 def by_chance(seed: Seed) -> float:
     return beyond(BASE, 1, 16, "pass@k by chance")(seed)
 
@@ -213,6 +226,14 @@ ROWS = (
             share(R1, "steps"),
         ),
         lambda seed: seed["measured"]["gain"]["share"] == max(seed["measured"]["gain"].values()),
+    ),
+    Row(
+        "it only chooses among what the base model does",
+        "RL sharpens (Yue et al.)",
+        "KL(R1-Zero, base) of a completion: {:.2f} nats",
+        "the least by which all could be right steps, -ln of the base's share of such: {:.2f}",
+        (kl_of_a_completion, least_kl),
+        lambda seed: kl_of_a_completion(seed) < 1.1 * least_kl(seed),
     ),
     Row(
         "pass@k: the base overtakes at large k",
