@@ -137,7 +137,7 @@ def gain_parts(before: dict[str, dict], after: dict[str, dict]) -> dict[str, flo
 
     def accuracy(changed: set[str]) -> float:
         return sum(
-            math.prod(value(style, name, name in changed) for name in names) for style in before.keys() | after.keys()
+            math.prod(value(style, name, name in changed) for name in names) for style in sorted({*before, *after})
         )
 
     parts = dict.fromkeys(names, 0.0)
