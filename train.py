@@ -643,8 +643,9 @@ class Run:
     number of times, ends with the weights and the log of one that never was, to the bit. Randomness has no state (see
     `stream`), so there is none to keep."""
 
-    def __init__(self, config: Config, model: Transformer, phase: str):
+    def __init__(self, config: Config, model: Transformer, phase: str, program: str = "train.py"):
         self.config, self.model, self.folder = config, model, Path(config.out)
+        self.program = program  # what made it, and must go on with it; as called from the folder of this file
         model.in_bfloat16 = config.in_bfloat16
         self.base: dict | None = None  # the base model's evaluation
         self.seconds = {"pretrain": 0.0, "grpo": 0.0, "evaluation": 0.0}
@@ -674,6 +675,7 @@ class Run:
             "recent": self.recent,
             "settings": asdict(self.config),
             "made_by": made_by(self.config),
+            "program": self.program,
             **{name: getattr(self, name) for name in numbers},
         }
 
@@ -912,7 +914,7 @@ def check_machine(config: Config) -> None:
         raise ValueError(f"--device {config.device} cannot be used here ({reason}); --device cpu can") from None
 
 
-def new_run(config: Config, tokenizer: Tokenizer) -> Run:
+def new_run(config: Config, tokenizer: Tokenizer, program: str) -> Run:
     """A run at its start, in a folder made for it. Raises ValueError, in one line, before anything is written."""
     vocabulary = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
     shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig) if field.name not in vocabulary}
@@ -937,7 +939,7 @@ def new_run(config: Config, tokenizer: Tokenizer) -> Run:
     for name, tokens in longest.items():
         if tokens > config.max_seq_len:
             raise ValueError(f"{name}: {tokens} tokens exceed the context of {config.max_seq_len} (--max_seq_len)")
-    run, folder = Run(config, model, "grpo" if config.init else "pretrain"), Path(config.out)
+    run, folder = Run(config, model, "grpo" if config.init else "pretrain", program), Path(config.out)
     if os.path.lexists(folder):
         resume = f", or go on with it: {shlex.join(['--resume', str(folder)])}" if (folder / "last.pt").exists() else ""
         raise ValueError(f"{folder} exists: name another folder with --out, or move that one away{resume}")
@@ -962,7 +964,7 @@ def new_run(config: Config, tokenizer: Tokenizer) -> Run:
     return run
 
 
-def resumed_run(config: Config, tokenizer: Tokenizer) -> Run:
+def resumed_run(config: Config, tokenizer: Tokenizer, program: str) -> Run:
     """The run in a folder as it was when it was last saved. Raises ValueError, in one line, where it cannot go on to
     what it would have become."""
     folder, path = Path(config.out), Path(config.out) / "last.pt"
@@ -975,12 +977,16 @@ def resumed_run(config: Config, tokenizer: Tokenizer) -> Run:
             advice = f"to go on with this code all the same, cp {shlex.join([source, str(folder / source)])}"
             raise ValueError(f"{source} is not the {folder / source} that the run began with: {advice}")
     saved = load_tensors(path, config.device)
+    if saved.get("program") != program:
+        raise ValueError(
+            f"{folder} was made by {saved.get('program')}, which must go on with it, and this is {program}"
+        )
     model = load_policy(path, tokenizer, config.device)
     shape = {name: value for name, value in asdict(model.config).items() if hasattr(config, name)}
     try:
         if differing := [name for name, value in shape.items() if value != getattr(config, name)]:
             raise ValueError(f"a model of another {differing[0]}")
-        run = Run(config, model, saved["phase"])
+        run = Run(config, model, saved["phase"], program)
         run.load_state(saved)
     except Exception as error:  # a file from a stranger may hold anything
         raise ValueError(f"{path}: not what a run saves ({one_line(error)})") from None
@@ -1039,8 +1045,8 @@ def set_up(config: Config) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or matrix products on a GPU refuse
 
 
-def main(arguments: list[str], program: str = os.path.relpath(__file__)) -> None:
-    """The command line; `program` is what to call to go on with the run, where that is another script."""
+def main(arguments: list[str], program: str = "train.py") -> None:
+    """The command line; `program` is the script, and what comes before the flags, where that is another one."""
     config, parser = parse_config(arguments)
     set_up(config)
     tokenizer = get_tokenizer()
@@ -1048,11 +1054,11 @@ def main(arguments: list[str], program: str = os.path.relpath(__file__)) -> None
         check_machine(config)
         if config.dtype == "bfloat16" and not config.in_bfloat16:
             print(f"{config.device} has no fast bfloat16: matrix products will be in float32")
-        run = resumed_run(config, tokenizer) if config.resume else new_run(config, tokenizer)
+        run = (resumed_run if config.resume else new_run)(config, tokenizer, program)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     device = ["--device", config.device] if config.resume and "--device" in arguments else []
-    resume = f"python {program} " + shlex.join(["--resume", str(run.folder), *device])
+    resume = f"python {os.path.relpath(ROOT / program)} {shlex.join(['--resume', str(run.folder), *device])}"
     try:
         whole_job(config, run, tokenizer)
     except KeyboardInterrupt as stop:

@@ -1,6 +1,6 @@
 """What a run's base model and its R1-Zero do differently: many completions of few held-out problems, taken apart.
 
-    python experiments/measure.py out/cpu-grpo-seed0      # -> out/cpu-grpo-seed0/measured.json
+    python experiments/measure.py out/cpu-grpo-seed0      # -> out/cpu-grpo-seed0/measured.json, in two minutes
 
 From one sample of each model: pass@k, majority votes, lengths, styles, and the checks that it makes of its own steps.
 Then the base model helped to a thought, and checks of steps that were written for it.
@@ -33,6 +33,8 @@ from train import BEYOND, Config, majority_is_right, pass_at_k, sample_problems,
 
 OPENINGS = ("<think>", "<think>\n#1")  # what the base model is helped with
 ROWS = 1024  # completions sampled at once
+PROBLEMS, SAMPLES = 40, 256  # of each level; of each problem
+PARTS = {"share": "by a better style", "right": "right more often within it", "counted": "tags around right answers"}
 OPERATORS = {word: sign for language in LANGUAGES.values() for sign, word in language.operators.items()}
 EQUALS, RIGHT, WRONG = (
     "|".join({getattr(each, name) for each in LANGUAGES.values()}) for name in ("equals", "right", "wrong")
@@ -240,6 +242,8 @@ def describe(
     answers = ask(config, model, tokenizer, problems, samples)
     inside = [i for i, problem in enumerate(problems) if problem.level <= config.max_level]
     asked, said = [problems[i] for i in inside], [answers[i] for i in inside]
+    hard = [i for i, problem in enumerate(problems) if problem.level == config.max_level + 1]
+    longer, tried = [problems[i] for i in hard], [answers[i] for i in hard]
     everything = [(problem, text) for problem, group in zip(asked, said) for text, _ in group]
     opened = {}
     for opening in OPENINGS:
@@ -255,6 +259,8 @@ def describe(
         "pass@k": pass_at(problems, answers),
         "pass@k by chance": pass_at(of_others(problems), answers),
         "styles": by_style(asked, said),
+        "styles, one operation more": by_style(longer, tried),
+        "the same by chance": by_style(of_others(longer), tried),
         "lengths": lengths(problems, answers),
         "checks": dict(sum((checks(text) for _, text in everything), Counter())) | {"completions": len(everything)},
         "forced checks": forced_checks(config, model, tokenizer, asked),
@@ -273,8 +279,8 @@ def main(arguments: list[str]) -> None:
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a run that has ended")
-    parser.add_argument("--problems", type=int, default=40, help="held-out problems of each level [40]")
-    parser.add_argument("--samples", type=int, default=256, help="completions of each [256]")
+    parser.add_argument("--problems", type=int, default=PROBLEMS, help=f"held-out problems of each level [{PROBLEMS}]")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"completions of each [{SAMPLES}]")
     flags = parser.parse_args(arguments)
     tokenizer = get_tokenizer()
     try:
@@ -295,9 +301,22 @@ def main(arguments: list[str]) -> None:
         measured[name] = describe(config, model, tokenizer, problems, flags.samples)
     parts = gain_parts(measured["base"]["styles"], measured["r1_zero"]["styles"])
     result = {"problems": flags.problems, "samples": flags.samples, **measured, "gain": parts}
-    write_whole(flags.run / "measured.json", (json.dumps(result, indent=1) + "\n").encode())
-    before, after = (measured[name]["pass@1"] for name in ("base", "r1_zero"))
-    print(f"pass@1 {before:.3f} -> {after:.3f} -> {flags.run}/measured.json")
+    size = "" if (flags.problems, flags.samples) == (PROBLEMS, SAMPLES) else f"_{flags.problems}x{flags.samples}"
+    path = flags.run / f"measured{size}.json"  # a quick look does not stand in for the whole
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    print(summary(result), f"-> {path}", sep="\n")
+
+
+def summary(result: dict) -> str:
+    """The first of it in words."""
+    lines = []
+    for name in ("base", "r1_zero"):
+        found = result[name]
+        opened = ", ".join(f"{accuracy:.1%} after {opening!r}" for opening, accuracy in found["opened"].items())
+        styles = ", ".join(f"{style} {each['share']:.1%}" for style, each in found["styles"].items())
+        lines.append(f"{name}: pass@1 {found['pass@1']:.1%}, read leniently {found['lenient']:.1%}, {opened}; {styles}")
+    parts = (f"{100 * result['gain'][name]:+.1f} {text}" for name, text in PARTS.items())
+    return "\n".join([*lines, f"the gain, in points: {', '.join(parts)}"])
 
 
 if __name__ == "__main__":

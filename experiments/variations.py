@@ -4,10 +4,11 @@
     python experiments/variations.py dynamic_sampling --init out/cpu-grpo-seed0/base.pt --out out/dynamic
     python experiments/variations.py paid_by_step --init out/cpu-grpo-seed0/base.pt --out out/paid_by_step
 
-The flags after the name are train.py's. A run goes on (`--resume`) by the same name.
+The flags after the name are train.py's. A run goes on (`--resume`) by the same name only; this file is not compared. To
+write one: a function that changes something of train.py, and its name in VARIATIONS. What stands in the rewards that
+`train.score` returns is logged.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def main(arguments: list[str]) -> None:
     if name not in VARIATIONS:
         sys.exit(f"variations.py: name one of {', '.join(VARIATIONS)}, then flags of train.py")
     VARIATIONS[name]()
-    train.main(flags, f"{os.path.relpath(__file__)} {name}")
+    train.main(flags, f"experiments/variations.py {name}")
 
 
 if __name__ == "__main__":

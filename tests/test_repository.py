@@ -48,7 +48,7 @@ def test_rooms_import_only_what_the_design_allows(room):
 
 def test_the_core_stays_small():
     lines = sum(len((ROOT / f"{room}.py").read_text().splitlines()) for room in MAY_IMPORT if room != "data")
-    assert lines < 2210
+    assert lines < 2220
 
 
 def test_the_four_packages_are_pinned():

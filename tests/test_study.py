@@ -222,18 +222,14 @@ def test_a_variation_runs_logs_and_tells_how_to_go_on(restored, tmp_path, capsys
     variations.main(["dynamic_sampling", "--preset=tiny", *shape, *few, "--out", str(tmp_path / "run")])
     log = plot.read_log(tmp_path / "run")
     assert [record["rounds"] for record in log] == [variations.MOST_ROUNDS] * 2, "nothing that it says is ever right"
-    stopped = []
-    train_main = train.main
-
-    def seen(flags, program):
-        stopped.append(program)
-
-    try:
-        train.main = seen
-        variations.main(["paid_by_step", "--help"])
-    finally:
-        train.main = train_main
-    assert stopped == ["experiments/variations.py paid_by_step"]
+    (tmp_path / "run" / "result.json").unlink()
+    for program in (train.main, lambda flags: variations.main(["paid_by_step", *flags])):
+        with pytest.raises(SystemExit):
+            program(["--resume", str(tmp_path / "run")])
+        said = capsys.readouterr().err
+        assert "was made by experiments/variations.py dynamic_sampling, which must go on with it" in said
+    variations.main(["dynamic_sampling", "--resume", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "result.json").exists()
     with pytest.raises(SystemExit, match="name one of mean_only, dynamic_sampling"):
         variations.main(["dynamic"])
 
@@ -551,6 +547,7 @@ def small_study(tmp_path_factory):
     first = folder / "seed0" / "main"
     train.main(["--preset=cpu", *shape, *few, "--max_new_tokens=20", "--out", str(first)])
     measure.main([str(first), "--problems=2", "--samples=16"])
+    (first / "measured_2x16.json").rename(first / "measured.json")
     for rounds in (1, 80):
         evaluation = json.loads((first / "result.json").read_text())["base"]
         written = {"tokens": 1000 * rounds, "kept": [0.5], "model": evaluation}
