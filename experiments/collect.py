@@ -60,7 +60,7 @@ TABLES = {
             "right answers, greedy": at("greedy"),
             "right by majority of 8": at("maj@8"),
             "right at least once in 8 (pass@8)": at("pass@8"),
-            "in the asked format": at("format"),
+            "in the format of the tags": at("format"),
             "tokens of a completion": at("completion_tokens"),
         },
     ),

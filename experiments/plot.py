@@ -88,6 +88,7 @@ def draw_curves(path: Path, logs: dict[str, list[dict]], curves: list[str]) -> N
 
 RESULTS = Path(__file__).parent / "results"
 BASE, GRPO, DR_GRPO, OTHER, HACK = "tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red"
+CHANCE = "tab:cyan"
 
 
 def draw_results(folder: Path) -> None:
@@ -179,7 +180,8 @@ def draw_pass_at_k(axes, seeds: list[dict]) -> None:
         for name, what, label, color in (
             ("base", "pass@k", "base", BASE),
             ("r1_zero", "pass@k", "R1-Zero", GRPO),
-            ("base", "pass@k by chance", "base, held against the answers of other problems: chance", OTHER),
+            ("base", "pass@k by chance", "base by chance: against the answers of other problems", OTHER),
+            ("r1_zero", "pass@k by chance", "R1-Zero by chance", CHANCE),
         ):
             curves = [seed["measured"][name][what][str(level)] for seed in seeds]
             logs = [[{"step": int(k), "value": value} for k, value in curve.items()] for curve in curves]
@@ -190,7 +192,7 @@ def draw_pass_at_k(axes, seeds: list[dict]) -> None:
         axis.set(title=f"level {level}: {beyond}", xlabel="k", ylim=(0, 1.05))
         axis.title.set_fontsize(10)
     axes[0].set_ylabel("pass@k")
-    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, ncols=3, loc="outside lower center")
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, ncols=4, loc="outside lower center")
 
 
 def draw_language(axes, seeds: list[dict]) -> None:

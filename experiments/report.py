@@ -78,9 +78,14 @@ def own_checks(what: str, among: str) -> Number:
     return number
 
 
+def in_style(name: str, model: str, what: str, style: str) -> Number:
+    """A number of the completions of a style, as measure.by_style gives them."""
+    return lambda seed: seed["measured"][model][what].get(style, {}).get(name)
+
+
 def share(model: str, style: str) -> Number:
     """Share of a model's completions that are of this style."""
-    return lambda seed: seed["measured"][model]["styles"].get(style, {"share": 0.0})["share"]
+    return lambda seed: in_style("share", model, "styles", style)(seed) or 0.0
 
 
 def opened(seed: Seed) -> float:
@@ -124,6 +129,7 @@ class Row:
     seen: Callable[[Seed], bool]
 
 
+CHANCE = "pass@k by chance"
 CONTROLS = ("longer", "rejection sampling", "online rejection sampling")
 
 
@@ -136,16 +142,11 @@ def kl_of_a_completion(seed: Seed) -> float:
     return last("base_kl")(seed) * seed[R1]["completion_tokens"]
 
 
-def least_kl(seed: Seed) -> float:
+def least_kl(seed: Seed) -> float | None:
     """The least KL, in nats, to the base model of a policy whose completions are all right, in steps and counted: that
     of the base model given that it does so, which is -ln of the chance that it does."""
-    return -math.log(
-        math.prod(seed["measured"][BASE]["styles"]["steps"][name] for name in ("share", "right", "counted"))
-    )
-
-
-def by_chance(seed: Seed) -> float:
-    return beyond(BASE, 1, 16, "pass@k by chance")(seed)
+    chance = math.prod(in_style(name, BASE, "styles", "steps")(seed) or 0 for name in ("share", "right", "counted"))
+    return -math.log(chance) if chance else None
 
 
 def gain_at(seed: Seed, which: int) -> float:
@@ -215,41 +216,52 @@ ROWS = (
         lambda seed: seed[R1]["pass@1"] > max(seed[name]["pass@1"] for name in CONTROLS),
     ),
     Row(
-        "most of the gain is a better style, not better steps",
+        "more than half of the gain is a better style",
         "-",
         "of {:.1f} points: better style {:.1f}, right more often in a style {:.1f}, tags around right answers {:.1f}",
-        "thoughts in steps: {:%} -> {:%} of the completions",
+        "completions in steps: {:%} -> {:%}; right among these: {:%} -> {:%}",
         (
             lambda seed: 100 * sum(seed["measured"]["gain"].values()),
             *(lambda seed, part=part: 100 * seed["measured"]["gain"][part] for part in ("share", "right", "counted")),
             share(BASE, "steps"),
             share(R1, "steps"),
+            in_style("right", BASE, "styles", "steps"),
+            in_style("right", R1, "styles", "steps"),
         ),
-        lambda seed: seed["measured"]["gain"]["share"] == max(seed["measured"]["gain"].values()),
+        lambda seed: seed["measured"]["gain"]["share"] > sum(seed["measured"]["gain"].values()) / 2,
     ),
     Row(
-        "it only chooses among what the base model does",
-        "RL sharpens (Yue et al.)",
+        "it goes no further from the base than being right takes",
+        "-",
         "KL(R1-Zero, base) of a completion: {:.2f} nats",
         "the least by which all could be right steps, -ln of the base's share of such: {:.2f}",
         (kl_of_a_completion, least_kl),
-        lambda seed: kl_of_a_completion(seed) < 1.1 * least_kl(seed),
+        lambda seed: kl_of_a_completion(seed) < 1.1 * (least_kl(seed) or 0),
     ),
     Row(
         "pass@k: the base overtakes at large k",
         "at k of tens to hundreds (Yue et al.)",
-        "most operations trained on, k = 16: {:%} and {:%}; one more: {:%} and {:%}",
-        "ahead from k on: {:d}; one more: {:d}; by chance (answers of other problems), one more, k = 16: {:%}",
+        "most operations trained on, k = 16: base {:%}, R1-Zero {:%}",
+        "the base is ahead from k on: {:d}",
+        (beyond(BASE, 0, 16), beyond(R1, 0, 16), crossing(0)),
+        lambda seed: crossing(0)(seed) < math.inf,
+    ),
+    Row(
+        "beyond what was trained on, the base solves more",
+        "RL narrows (Yue et al.)",
+        "one operation more, k = 16: base {:%} (by chance {:%}), R1-Zero {:%} (by chance {:%})",
+        "right of the base's direct answers: {:%} (by chance {:%}); of its steps: {:%} (by chance {:%})",
         (
-            beyond(BASE, 0, 16),
-            beyond(R1, 0, 16),
             beyond(BASE, 1, 16),
+            beyond(BASE, 1, 16, CHANCE),
             beyond(R1, 1, 16),
-            crossing(0),
-            crossing(1),
-            beyond(BASE, 1, 16, "pass@k by chance"),
+            beyond(R1, 1, 16, CHANCE),
+            in_style("right", BASE, "styles, one operation more", "glib"),
+            in_style("right", BASE, "the same by chance", "glib"),
+            in_style("right", BASE, "styles, one operation more", "steps"),
+            in_style("right", BASE, "the same by chance", "steps"),
         ),
-        lambda seed: beyond(BASE, 1, 16)(seed) > max(beyond(R1, 1, 16)(seed), by_chance(seed)) + 0.02,
+        lambda seed: beyond(BASE, 1, 16)(seed) > max(beyond(R1, 1, 16)(seed), beyond(BASE, 1, 16, CHANCE)(seed)) + 0.02,
     ),
     Row(
         "completions grow longer",
