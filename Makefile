@@ -1,17 +1,26 @@
-# make train: from nothing to R1-Zero. make test: ruff, then the tests. make results: every run, table and picture of
-# the README's phenomena. All make .venv first.
+# make train: from nothing to R1-Zero. make test: ruff, then the tests. make test-all: the long ones too.
+# make check-docs: the pages against the code, their recipes applied and run. make results: every run,
+# table and picture of the README's phenomena. All make .venv first.
 
 PYTHON ?= python3
+PYTEST = .venv/bin/pytest --numprocesses 2 --dist loadfile
 
 train: .venv/ready
 	.venv/bin/python train.py $(ARGS)
 
 test: .venv/ready-to-test
 	.venv/bin/ruff check .
-	.venv/bin/pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow and not docs"
+
+test-all: .venv/ready-to-test
+	.venv/bin/ruff check .
+	$(PYTEST)
+
+check-docs: .venv/ready-to-test
+	$(PYTEST) -m docs
 
 results: .venv/ready-to-test
-	.venv/bin/python experiments/study.py $(ARGS)
+	.venv/bin/python -m experiments.study.study $(ARGS)
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=python3.12")'
@@ -23,4 +32,4 @@ results: .venv/ready-to-test
 	.venv/bin/pip install --quiet --requirement tests/requirements.txt
 	touch $@
 
-.PHONY: train test results
+.PHONY: train test test-all check-docs results

@@ -1,10 +1,11 @@
 """A small decoder transformer, its key/value cache, and how a model is saved and loaded.
 
-RMSNorm before each sublayer, grouped-query attention, SwiGLU, no biases, no dropout (the policy that samples and the
-policy that is trained must be the same function), embeddings tied to the output. Positions are told twice: learned
-vectors make "the third operand" easy to find, rotary angles make "two tokens before me" easy to find.
+RMSNorm before each sublayer, grouped-query attention, SwiGLU, no biases, embeddings tied to the
+output. No dropout: the policy that samples and the policy that is trained must be the same
+function. Positions enter twice. Learned vectors make "the third operand" easy to find, rotary
+angles make "two tokens before me" easy to find.
 
-B rows, T token positions, S positions held in the cache, V vocabulary.
+B rows; T token positions; S positions held in the cache; V vocabulary.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-ROTARY_BASE = 1000.0  # the slowest channels take thousands of tokens to turn once, far more than these contexts
+ROTARY_BASE = 1000.0  # the slowest channels turn once in thousands of tokens: no context is longer
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of up to `rows` sequences in memory allocated once, for up to `capacity` positions each.
+    """Keys and values of up to `rows` sequences, each of up to `capacity` positions. Their memory
+    is allocated once, with the type and device of `like`.
 
-    B of them are in use, those at the front. Rows may have different lengths: `lengths` (B,) counts the positions of
-    each that hold real tokens, and its next token is written there, over whatever padding a ragged prompt left behind.
+    The first B rows are in use. Rows may have different lengths: `lengths` (B,) counts the
+    positions of each row that hold real tokens. A row's next token is written there, over the
+    padding that a short prompt left behind.
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
@@ -53,11 +56,13 @@ class KVCache:
         self.keys = like.new_zeros(shape)
         self.values = like.new_zeros(shape)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        self.filled = 0  # no row is longer than this; kept on the host, so that reading it never waits for a GPU
+        self.filled = 0  # no row is longer; on the host, so that reading it never waits for a GPU
 
-    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, n_kv_head, T, head_dim) at `positions` (B, T); return all that the layer holds,
-        (B, n_kv_head, S, head_dim) each."""
+    def write(
+        self, layer: int, positions: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, n_kv_head, T, head_dim) at `positions` (B, T). Return all keys
+        and values of the layer, (B, n_kv_head, S, head_dim) each."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][rows, :, positions] = values.transpose(1, 2)
@@ -68,25 +73,29 @@ class KVCache:
         """Keep these rows, in this order, at the front; a row named G times is copied G times."""
         kept = slice(len(rows)), slice(None), slice(self.filled)
         for held in (self.keys, self.values):
-            for layer in range(len(held)):  # in place and in parts: memory never used before is slow at first
+            # Copy in place and layer by layer: memory that was never used before is slow at first.
+            for layer in range(len(held)):
                 held[layer][kept] = held[layer, :, :, : self.filled].index_select(0, rows)
         self.lengths = self.lengths[rows]
 
     def first(self, rows: int, filled: int) -> "KVCache":
         """The first rows, of which none is longer than `filled`, as a cache in the same memory."""
         part = copy.copy(self)
-        part.keys, part.values, part.lengths = self.keys[:, :rows], self.values[:, :rows], self.lengths[:rows]
-        part.filled = filled
+        part.keys, part.values = self.keys[:, :rows], self.values[:, :rows]
+        part.lengths, part.filled = self.lengths[:rows], filled
         return part
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): turn each pair of channels of x (B, heads, T, head_dim) by its angle."""
+    """Rotary positions (Su et al. 2021): turn each pair of channels by its angle. x is (B, heads,
+    T, head_dim); cos and sin are (B, 1, T, head_dim / 2)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023), with rotary positions."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer = layer
@@ -96,19 +105,28 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], positions: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
     ) -> Tensor:
         B, T, d_model = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         queries, keys, values = qkv.split(self.heads, dim=1)  # (B, heads, T, head_dim)
         queries, keys = (rotate(x, *angles).to(values.dtype) for x in (queries, keys))
         if cache is None:
-            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+            attended = F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, enable_gqa=True
+            )
         else:
-            keys, values = cache.write(self.layer, positions, keys, values)  # (B, n_kv_head, S, head_dim)
-            # The query heads that share keys become queries of one head: with a mask, enable_gqa copies the cache.
-            shared = queries.reshape(B, keys.shape[1], -1, self.head_dim)  # (B, n_kv_head, n_head / n_kv_head * T, ...)
-            attended = F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask).reshape(queries.shape)
+            keys, values = cache.write(self.layer, positions, keys, values)
+            # The query heads that share keys become more queries of one head, (B, n_kv_head,
+            # n_head / n_kv_head * T, head_dim). With a mask, enable_gqa would copy the cache.
+            shared = queries.reshape(B, keys.shape[1], -1, self.head_dim)
+            attended = F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask)
+            attended = attended.reshape(queries.shape)
         return self.out(attended.transpose(1, 2).reshape(B, T, d_model))
 
 
@@ -144,9 +162,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         if config.d_model % (2 * config.n_head) or config.n_head % config.n_kv_head:
-            raise ValueError(f"d_model must be a multiple of 2 * n_head, and n_head of n_kv_head: {config}")
+            rule = "d_model must be a multiple of 2 * n_head, and n_head of n_kv_head"
+            raise ValueError(f"{rule}: {config}")
         self.config = config
-        self.in_bfloat16 = False  # whether the blocks multiply matrices in bfloat16; weights and logits never are
+        self.in_bfloat16 = False  # whether blocks multiply in it; weights and logits stay float32
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position = nn.Embedding(config.max_seq_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -158,7 +177,7 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self, seed: int = 0) -> None:
-        """Every weight of the model is drawn here, from a generator of its own: same seed, same model."""
+        """Draw every weight of the model from a generator of its own: same seed, same model."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() == 1:  # the gains of the norms
@@ -166,17 +185,19 @@ class Transformer(nn.Module):
             elif name.startswith(("embedding", "position")):
                 nn.init.normal_(weight, std=0.02, generator=generator)
             else:
-                # Keep the scale of the input; the layers that write to the residual stream share it among them.
+                # A layer keeps the scale of its input. The layers that write to the residual stream
+                # share that scale among them.
                 writes = name.endswith(("out.weight", "down.weight"))
                 scale = 1 / math.sqrt(2 * self.config.n_layer) if writes else 1.0
                 nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]), generator=generator)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, first: int = 0) -> Tensor:
-        """Logits (B, T - first, V) for what follows each of `tokens` (B, T) int64 from column `first` on, in float32 at
-        least.
+        """Logits (B, T - first, V) for what follows each of `tokens` (B, T) int64 from column
+        `first` on, in float32 at least. Raises ValueError for more tokens than the context holds.
 
-        Without a cache the rows start at position 0 and are right-padded: attention is causal, so padding never
-        reaches a real token. With a cache the tokens continue each row after its `cache.lengths` positions.
+        Without a cache, rows start at position 0 and are right-padded: attention is causal, so
+        padding never reaches a real token. With a cache, the tokens continue each row after its
+        `cache.lengths` positions.
         """
         T = tokens.shape[1]
         if T > self.config.max_seq_len:
@@ -188,22 +209,24 @@ class Transformer(nn.Module):
             positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
             cache.filled += T
             held = torch.arange(cache.filled, device=tokens.device)
-            mask = (held <= positions[:, :, None])[:, None]  # (B, 1, T, S): a token sees its row up to itself
-            mask = mask.repeat(1, 1, self.config.n_head // self.config.n_kv_head, 1)  # for each query head of a group
-            cache.lengths += T  # in place: a captured step finds them where they were
-        angles = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, head_dim / 2)
+            # A token sees its row up to itself, (B, 1, T, S), with each query head of a group.
+            mask = (held <= positions[:, :, None])[:, None]
+            mask = mask.repeat(1, 1, self.config.n_head // self.config.n_kv_head, 1)
+            cache.lengths += T  # in place: a captured step reads them where they are
+        angles = self.cos[positions][:, None], self.sin[positions][:, None]
         x = self.embedding(tokens) + self.position(positions)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             for block in self.blocks:
                 x = block(x, angles, positions, mask, cache)
         x = self.norm(x[:, first:])
-        logits = F.linear(x, self.embedding.weight)  # bfloat16 would be off by a hundredth at logits of 5
+        # Outside of autocast: bfloat16 would be off by a hundredth at logits of 5.
+        logits = F.linear(x, self.embedding.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file beside, flush it to disk and rename it into place: whatever happens on the way, the file that was
-    there stays whole. Raises OSError where it cannot, a full disk for one."""
+    """Write a new file beside the old, flush it to disk and rename it into place. Whatever happens
+    on the way, the old file stays whole. Raises OSError where it cannot, as on a full disk."""
     partial = Path(f"{path}.partial")
     try:
         with partial.open("wb") as file:
@@ -225,41 +248,62 @@ def save_tensors(path: str | Path, data: dict) -> None:
 
 
 def load_tensors(path: str | Path, device: str = "cpu") -> dict:
-    """Read what `save_tensors` wrote. Nothing in the file is run. Raises ValueError, in one line that names the file,
-    where it is missing, holds anything but tensors and plain data, or is damaged by as little as a bit."""
+    """Read what `save_tensors` wrote. Nothing in the file is run. Raises ValueError where the
+    file is missing, damaged by so much as a bit, or holds anything but tensors and plain data. The
+    message is one line, and names the file."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} is not that of its content")
+                raise ValueError(f"the checksum of {damaged} does not fit its content")
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds more than tensors and plain data, and so might run code") from None
+        reason = "holds more than tensors and plain data, and so might run code"
+        raise ValueError(f"{path}: {reason}") from None
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder, not a model file such as {path}/base.pt") from None
     except Exception as error:  # zipfile and torch.load raise a dozen types on damaged files
-        raise ValueError(f"{path}: damaged, or not a file of this project ({one_line(error)})") from None
+        reason = f"damaged, or not a file of this project ({one_line(error)})"
+        raise ValueError(f"{path}: {reason}") from None
 
 
 def one_line(error: Exception) -> str:
+    """What an error says, on one line and short enough for another message to hold it."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def save_model(path: str | Path, model: Transformer) -> None:
-    """Write the config and the weights to one file, tensors and plain data only, whole or not at all."""
+def save_model(path: str | Path, model: nn.Module) -> None:
+    """Write a model's config and weights to one file, for `load_model`, whole or not at all."""
     save_tensors(path, {"config": asdict(model.config), "weights": model.state_dict()})
 
 
 def load_model(path: str | Path, device: str = "cpu") -> Transformer:
-    """Read what `save_model` wrote. Raises ValueError, in one line that names the file, for what `load_tensors` does
-    not read, for weights that do not have the shapes that the config says, and for weights that are not finite."""
+    """Read what `save_model` wrote. Raises ValueError as `load_tensors` does, and for weights that
+    do not fit the config or are not finite."""
     saved = load_tensors(path, device)
     try:
         model = Transformer(ModelConfig(**saved["config"])).to(device)
+    except Exception as error:
+        raise ValueError(f"{path}: holds no model that fits together ({one_line(error)})") from None
+    set_weights(path, model, saved)
+    return model
+
+
+def load_weights(path: str | Path, model: nn.Module) -> None:
+    """Set a model's weights from a file. Raises ValueError as `load_model` does, and where the file
+    holds a model of another config."""
+    saved = load_tensors(path, next(model.parameters()).device)
+    if not isinstance(saved, dict) or saved.get("config") != asdict(model.config):
+        raise ValueError(f"{path}: holds a model of another shape or vocabulary")
+    set_weights(path, model, saved)
+
+
+def set_weights(path: str | Path, model: nn.Module, saved: dict) -> None:
+    """The part that `load_model` and `load_weights` share. Raises ValueError as they do."""
+    try:
         model.load_state_dict(saved["weights"])
     except Exception as error:
         raise ValueError(f"{path}: holds no model that fits together ({one_line(error)})") from None
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError(f"{path}: holds weights that are NaN or infinite")
-    return model

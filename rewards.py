@@ -1,8 +1,9 @@
 """Rule-based rewards: functions of the text of a completion, and nothing else.
 
-R1-Zero's reward is accuracy plus format with equal weights (DeepSeek-R1, section 2.2.2): no reward model, so nothing
-to train and nothing to flatter. A rule is still hacked wherever it is loose, so each rule here gives its point only
-to what a person would call right, and never looks inside text it cannot split.
+R1-Zero's reward is accuracy plus format with equal weights (DeepSeek-R1, section 2.2.2). There is
+no reward model, so nothing to train and nothing to flatter. A policy still exploits each rule that
+is loose. So a rule here gives its point only to what a person would call right, and never looks
+inside text that it cannot split.
 
 >>> right = "<think> 7 plus 8 is 15</think><answer> 15</answer>"
 >>> accuracy_reward(right, "15"), format_reward(right)
@@ -20,11 +21,12 @@ TAG = re.compile("(" + "|".join(TAGS) + ")")
 NUMBER = re.compile("-?[0-9]+")
 WORD = re.compile(r"[^\W\d_]+")
 WORDS_OF = {"en": re.compile("[A-Za-z]+"), "ko": re.compile("[가-힣]+")}
-MIN_WORDS = 4  # two steps; fewer are no thought in any language, whatever " i know this" says
+MIN_WORDS = 4  # as in two steps: fewer words are no thought, as in " i know this"
 
 
 def split_completion(completion: str) -> tuple[list[str], list[str]]:
-    """The tags in their order, and the texts before, between and after them (one more than there are tags)."""
+    """The tags in their order, and the texts before, between and after them: one text more than
+    there are tags."""
     pieces = TAG.split(completion)
     return pieces[1::2], pieces[0::2]
 
@@ -32,8 +34,8 @@ def split_completion(completion: str) -> tuple[list[str], list[str]]:
 def extract_answer(completion: str) -> str | None:
     """The number in the one answer tag, without the space around it, or None.
 
-    The tags must be `<answer></answer>`, alone or after one closed thought. Two answers are a guess too many, an
-    answer within the thought is no answer, and "14 or 15" is not a number.
+    The tags must be `<answer></answer>`, alone or after one closed thought. Two answers are a guess
+    too many, an answer within the thought is no answer, and "14 or 15" is not a number.
     """
     tags, texts = split_completion(completion)
     if tags not in (TAGS, TAGS[2:]):
@@ -48,8 +50,8 @@ def accuracy_reward(completion: str, answer: str) -> float:
 
 
 def format_reward(completion: str) -> float:
-    """1.0 for `<think>...</think><answer>...</answer>`: each tag once, in this order, something in both, nothing but
-    white space before, between and after; else 0.0. Never raises."""
+    """1.0 for `<think>...</think><answer>...</answer>`, else 0.0: each tag once and in this order,
+    something in both, only white space before, between and after. Never raises."""
     tags, texts = split_completion(completion)
     if tags != TAGS:
         return 0.0
@@ -58,10 +60,11 @@ def format_reward(completion: str) -> float:
 
 
 def language_consistency_reward(completion: str, language: str) -> float:
-    """The share, in [0, 1], of the words of the thought that are in `language`, "en" or "ko" (R1's supplement, eq. 7).
+    """The share, in [0, 1], of the thought's words that are in `language`, "en" or "ko" (R1's
+    supplement, eq. 7). Raises KeyError for another language.
 
-    Digits, operators and tags are no words of any language. A thought that is not there, not first, or has hardly a
-    word earns 0: to say nothing must not pay. Raises KeyError for another language.
+    Digits, operators and tags are no words of any language. A thought that is not there, not first,
+    or has fewer than MIN_WORDS words earns 0: to say nothing must not pay.
     """
     in_language = WORDS_OF[language]
     tags, texts = split_completion(completion)
@@ -69,3 +72,25 @@ def language_consistency_reward(completion: str, language: str) -> float:
     if len(words) < MIN_WORDS:
         return 0.0
     return sum(bool(in_language.fullmatch(word)) for word in words) / len(words)
+
+
+RULES = {  # what --rewards can weigh: functions of a completion's text and its problem
+    "accuracy": lambda text, problem: accuracy_reward(text, problem.answer),
+    "format": lambda text, problem: format_reward(text),
+    "language": lambda text, problem: language_consistency_reward(text, problem.language),
+}
+
+
+def rule_weights(text: str) -> dict[str, float]:
+    """Rules by name and their weights, from text such as "accuracy=1,format=0.5". A rule of weight
+    0 is logged and pays nothing. Raises ValueError, in one line, for any other text."""
+    parts = [part.partition("=") for part in text.split(",")]
+    try:
+        weights = {name: float(weight) for name, _, weight in parts}
+    except ValueError:
+        weights = {}
+    known = len(weights) == len(parts) and set(weights) <= set(RULES)
+    if not known or min(weights.values()) < 0 or not 0 < sum(weights.values()) <= 1e30:
+        advice = f"such as accuracy=1,format=0.5, each of {', '.join(RULES)}, not all 0"
+        raise ValueError(f"--rewards {text[:80]} must be rules with weights, {advice}")
+    return weights

@@ -1,1 +1,2 @@
-"""The web in miniature: arithmetic problems, the documents written about them, and the tokenizer that reads both."""
+"""The web in miniature: what is asked, the documents about it, and the tokenizer that reads
+both."""

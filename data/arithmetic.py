@@ -1,9 +1,11 @@
 """Arithmetic problems: chains of operations, and which of them are held out.
 
-A problem of level n has n operations, worked from left to right as on a pocket calculator: 1 plus 2 times 3 is 9.
-Running totals stay between 0 and a limit, so every step is a small fact. A thought that writes the running total down
-needs only these facts; an answer without one takes the whole chain in one forward pass. For + and - a small model
-learns that, if slowly: their order does not matter. With * it does.
+A problem of level n has n operations, worked from left to right as on a pocket calculator: 1 plus
+2 times 3 is 9. Running totals stay between 0 and a limit, so every step is a small fact.
+
+A thought that writes the running total down needs these facts alone. An answer without a thought
+needs the whole chain in one forward pass. A small model slowly learns this for + and -, whose order
+does not matter. With * the order matters.
 """
 
 import random
@@ -12,6 +14,8 @@ import zlib
 from dataclasses import dataclass
 
 from data.languages import LANGUAGES
+from data.problem import Problem
+from data.tokenizer import MAX_NUMBER
 
 MAX_OPERAND = 9
 HELD_OUT = 10  # one expression in this many is held out
@@ -24,77 +28,82 @@ APPLY = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked: the operators, the limit of the running total, and the languages of the questions."""
+    """What is asked: the operators, the limit of the running total, and the languages of the
+    questions. Raises ValueError, in one line, for settings that allow no such problems."""
 
     operators: str = "+-"
     max_total: int = 20
     languages: tuple[str, ...] = ("en",)
 
+    def __post_init__(self) -> None:
+        known, least = "".join(APPLY), 2 * MAX_OPERAND - 1
+        if not {"+", "-"} <= set(self.operators) <= set(APPLY):
+            raise ValueError(f"--operators {self.operators} must be of {known}, + and - among them")
+        if sorted(self.languages) != sorted(set(self.languages) & set(LANGUAGES)):
+            rule = f"must be of {','.join(LANGUAGES)}, each at most once"
+            raise ValueError(f"--languages {','.join(self.languages)} {rule}")
+        for language in self.languages:
+            if not set(self.operators) <= set(LANGUAGES[language].operators):
+                reason = f"data/languages.py has no word for one of them in {language}"
+                raise ValueError(f"--operators {self.operators}: {reason}")
+        if not least <= self.max_total <= MAX_NUMBER:  # below it, some total allows no operation
+            rule = f"must be from {least} to {MAX_NUMBER}, not {self.max_total}"
+            raise ValueError(f"--max_total {rule}")
+
+    def problem(
+        self, rng: random.Random, level: int, *, language: str = "en", held_out: bool = False
+    ) -> Problem:
+        """A random problem of `level` operations, from the training split or the held-out split."""
+        belongs = is_held_out if held_out else is_for_training
+        while True:
+            total = rng.randint(1, MAX_OPERAND)
+            parts = [str(total)]
+            for _ in range(level):
+                operator, operand = random_operation(rng, total, self)
+                total = APPLY[operator](total, operand)
+                parts += [operator, str(operand)]
+            if belongs(" ".join(parts)):
+                return write_problem(" ".join(parts), language)
+
 
 CHAINS = Task()
 
 
-@dataclass(frozen=True)
-class Problem:
-    """`prompt` is the text that a completion continues, `answer` the number that it must give, `level` the number of
-    operations, `expression` the problem in digits and operators, such as "7 + 8 - 3"."""
-
-    prompt: str
-    answer: str
-    language: str
-    level: int
-    expression: str
-
-
 def write_problem(expression: str, language: str = "en") -> Problem:
-    """The problem that asks for the value of `expression`: numbers and operators with single spaces between them."""
+    """The problem that asks for the value of `expression`, such as "7 + 8 - 3"."""
     first, *rest = expression.split(" ")
     total, words, spoken = int(first), [first], LANGUAGES[language]
     for operator, operand in zip(rest[::2], rest[1::2]):
         total = APPLY[operator](total, int(operand))
         words += [spoken.operators[operator], operand]
-    question = spoken.question.format(" ".join(words))
-    return Problem(f"User: {question}\nAssistant:", str(total), language, len(rest) // 2, expression)
+    prompt = f"User: {spoken.question.format(' '.join(words))}\nAssistant:"
+    return Problem(prompt, str(total), language, len(rest) // 2, expression)
 
 
 def is_held_out(expression: str) -> bool:
-    """Whether `expression` belongs to the held-out split: a hash of the whole expression decides, so the two splits
-    are disjoint by construction, in every language and for ever."""
+    """Whether `expression` belongs to the held-out split. A hash of the expression decides, so the
+    two splits are disjoint by construction, in every language."""
     return zlib.crc32(expression.encode()) % HELD_OUT == 0
 
 
 def is_for_training(expression: str) -> bool:
-    """Whether neither `expression` nor an opening of it of two or more operations is held out: who works through a
-    long chain works through its openings too. A chain that merely opens with a held-out one is in neither split."""
+    """Whether neither `expression` nor an opening of it of two or more operations is held out. To
+    work through a long chain is to work through its openings too. So a chain that merely opens
+    with a held-out chain is in neither split."""
     parts = expression.split(" ")
-    return not any(is_held_out(" ".join(parts[:end])) for end in range(min(5, len(parts)), len(parts) + 1, 2))
+    ends = range(min(5, len(parts)), len(parts) + 1, 2)
+    return not any(is_held_out(" ".join(parts[:end])) for end in ends)
 
 
 def random_operation(rng: random.Random, total: int, task: Task) -> tuple[str, int]:
     """An operator and an operand that keep the running total between 0 and its limit."""
     operand = rng.randint(1, MAX_OPERAND)
-    possible = [operator for operator in task.operators if 0 <= APPLY[operator](total, operand) <= task.max_total]
+    possible = [x for x in task.operators if 0 <= APPLY[x](total, operand) <= task.max_total]
     return rng.choice(possible), operand
 
 
-def make_problem(
-    rng: random.Random, level: int, task: Task = CHAINS, *, held_out: bool = False, language: str = "en"
-) -> Problem:
-    """A random problem of `level` operations, from the training split or the held-out one."""
-    while True:
-        total = rng.randint(1, MAX_OPERAND)
-        parts = [str(total)]
-        for _ in range(level):
-            operator, operand = random_operation(rng, total, task)
-            total = APPLY[operator](total, operand)
-            parts += [operator, str(operand)]
-        expression = " ".join(parts)
-        if is_held_out(expression) if held_out else is_for_training(expression):
-            return write_problem(expression, language)
-
-
 def parse_problem(text: str, language: str = "en") -> Problem:
-    """The problem that a person typed: "7 + 8 - 3", "7 plus 8 minus 3" or "what is 7+8-3?", worked from left to right.
+    """The problem that a person typed, such as "7 + 8 - 3", "7 plus 8 minus 3" or "what is 7+8-3?".
 
     Raises ValueError, in one line that says what is wrong, for anything that is not such a chain.
     """
@@ -103,12 +112,14 @@ def parse_problem(text: str, language: str = "en") -> Problem:
     before, after = (re.escape(part.strip()) for part in spoken.question.split("{}"))
     stripped = re.sub(rf"^\s*{before}|({after}|\?)\s*$", "", text.lower())
     parts = re.findall(r"[0-9]+|[^\W0-9_]+|\S", stripped)
-    operators = {name: operator for operator, word in spoken.operators.items() for name in (operator, word)}
+    signs = {name: sign for sign, word in spoken.operators.items() for name in (sign, word)}
     for i, part in enumerate(parts):
         if i % 2 == 0 and not re.fullmatch("[0-9]{1,4}", part):
-            raise ValueError(f'"{part[:20]}" stands where a number of at most 4 digits should: {hint}')
-        if i % 2 == 1 and part not in operators:
-            raise ValueError(f'"{part[:20]}" stands where {" or ".join(APPLY)} should: {hint}')
+            wanted = "a number of at most 4 digits"
+            raise ValueError(f'"{part[:20]}" stands where {wanted} should: {hint}')
+        if i % 2 == 1 and part not in signs:
+            wanted = " or ".join(APPLY)
+            raise ValueError(f'"{part[:20]}" stands where {wanted} should: {hint}')
     if len(parts) < 3 or len(parts) % 2 == 0:
         raise ValueError(f'"{" ".join(text.split())[:40]}" is not a whole problem: {hint}')
-    return write_problem(" ".join(operators.get(part) or str(int(part)) for part in parts), language)
+    return write_problem(" ".join(signs.get(part) or str(int(part)) for part in parts), language)

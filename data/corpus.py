@@ -1,12 +1,13 @@
 """The pretraining corpus: documents about arithmetic, in the styles of a web in miniature.
 
-Most documents blurt an answer out, and most of these answers are wrong. Some work step by step, and a few of these
-check themselves; some slip, and are wrong ever after. Half of all documents about problems use the tags of R1-Zero's
-format, with the styles mixed as in the other half. So the base model holds all the parts of a reasoner and seldom puts
-them together: that is left to reinforcement learning.
+Most documents blurt an answer out, and most of these answers are wrong. Some work step by step, and
+a few of these check their steps. Some slip, and are wrong ever after. Half of all documents about
+problems use the tags of R1-Zero's format, and the styles are mixed alike in both halves. So the
+base model holds all parts of a reasoner and seldom puts them together. That is left to
+reinforcement learning.
 
-Where there are two languages, English is the richer and the more careful one, and some documents, most of them Korean,
-go over to the other language at some step.
+Where there are two languages, English documents think more and slip less. Some documents, most of
+them Korean, go over to the other language at some step.
 
     python -m data.corpus        # prints ten documents
     python -m data.corpus en,ko  # in two languages
@@ -17,14 +18,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.arithmetic import APPLY, CHAINS, MAX_OPERAND, Problem, Task, make_problem, random_operation, write_problem
+from data.arithmetic import APPLY, CHAINS, MAX_OPERAND, Task, random_operation, write_problem
 from data.languages import LANGUAGES
+from data.problem import Problem
 from data.tokenizer import MAX_STEP
 
 LANGUAGE_SHARES = {"en": 0.6, "ko": 0.4}  # of the questions
 SHARES = {  # of the documents of a language
     "en": {
-        "direct": 0.57,  # an answer with no thought or a glib one, more often wrong than right
+        "direct": 0.57,  # an answer after a glib thought or none, more often wrong than right
         "steps": 0.20,  # clean steps
         "slips": 0.05,  # steps that now and then go wrong, and on from there
         "checked": 0.06,  # steps that each get a look: right, or wrong and then the right number
@@ -35,7 +37,7 @@ SHARES = {  # of the documents of a language
 TAGGED = 0.5  # share of the documents about problems that use the tags
 GUESS = 0.6  # chance that a direct answer is wrong
 SLIP = {"en": 0.15, "ko": 0.30}  # chance that a step goes wrong, in the styles where it can
-SWITCH = {"en": 0.05, "ko": 0.50}  # share of a language's documents that go on in the other, where there are two
+SWITCH = {"en": 0.05, "ko": 0.50}  # share that goes over to the other language, where there are two
 TAGS_AROUND = "<think>{}</think><answer> {}</answer>"
 SMALL_TEXT = 48  # tokens that a small text has at most, with what comes after it
 
@@ -49,10 +51,12 @@ class Document:
     style: str
 
 
-def document(rng: random.Random, levels: Sequence[int], task: Task = CHAINS, room: int = 96) -> Document:
-    """A random document. Its problem, if it has one, is from the training split and of one of the `levels`; if it has
-    none, it has at most `room` tokens."""
-    (asked,) = rng.choices(task.languages, [LANGUAGE_SHARES[language] for language in task.languages])
+def document(
+    rng: random.Random, levels: Sequence[int], task: Task = CHAINS, room: int = 96
+) -> Document:
+    """A random document. Its problem is from the training split and of one of the `levels`. A
+    document without a problem has at most `room` tokens."""
+    (asked,) = rng.choices(task.languages, [LANGUAGE_SHARES[name] for name in task.languages])
     language = asked
     if len(task.languages) > 1 and rng.random() < SWITCH[asked]:
         language = rng.choice([other for other in task.languages if other != asked])
@@ -60,7 +64,7 @@ def document(rng: random.Random, levels: Sequence[int], task: Task = CHAINS, roo
     if style == "other":  # several in a row, so that every position of the context has been seen
         texts = rng.randint(1, max(1, room // SMALL_TEXT))
         return Document("", "\n".join(small_text(rng, task, language) for _ in range(texts)), style)
-    problem = make_problem(rng, rng.choice(levels), task, language=asked)
+    problem = task.problem(rng, rng.choice(levels), language=asked)
     tagged = rng.random() < TAGGED
     if style == "direct":
         glib = rng.choice(LANGUAGES[language].glib) if tagged else ""
@@ -73,29 +77,39 @@ def document(rng: random.Random, levels: Sequence[int], task: Task = CHAINS, roo
     if tagged:
         text = TAGS_AROUND.format(thought, answer)
     else:
-        text = thought + "\n" * bool(thought) + rng.choice(LANGUAGES[language].careless).format(answer)
+        said = rng.choice(LANGUAGES[language].careless).format(answer)
+        text = f"{thought}\n{said}" if thought else said
     return Document(problem.prompt, text, style)
 
 
 def longest_document(level: int, task: Task = CHAINS, checked: bool = True) -> Document:
-    """A document with as many tokens as one about a problem of this level can have: each step is checked and mended.
-    Or, not `checked`, the longest with clean steps alone."""
-    problem = write_problem("1" + (" * 1" if "*" in task.operators else " + 1") * level, task.languages[-1])
-    thought, answer = work(random.Random(0), problem, [problem.language] * level, float(checked), checked)
-    return Document(problem.prompt, TAGS_AROUND.format(thought, answer), "checked" if checked else "steps")
+    """A document with as many tokens as a document about a problem of this level can have: each
+    step is checked and mended. If not `checked`, the longest document with clean steps alone."""
+    operation = " * 1" if "*" in task.operators else " + 1"
+    problem = write_problem("1" + operation * level, task.languages[-1])
+    languages, slip = [problem.language] * level, float(checked)
+    thought, answer = work(random.Random(0), problem, languages, slip, checked)
+    style = "checked" if checked else "steps"
+    return Document(problem.prompt, TAGS_AROUND.format(thought, answer), style)
 
 
-def work(rng: random.Random, problem: Problem, languages: list[str], slip: float, checked: bool) -> tuple[str, str]:
-    """Steps that lead to an answer, a line each: its index, the running total so far, what is done to it, the new one.
-    Each step has its language. It goes wrong with the chance `slip`; where steps are `checked`, that is seen and mended
-    at once."""
+def work(
+    rng: random.Random, problem: Problem, languages: list[str], slip: float, checked: bool
+) -> tuple[str, str]:
+    """A thought in steps, and the answer it leads to. A step is a line: its index, the running
+    total, what is done to it, the new total. `languages` holds the language of each step.
+
+    A step goes wrong with the chance `slip`. Where steps are `checked`, this is mended at once.
+    """
     first, *rest = problem.expression.split(" ")
     total, lines = int(first), []
     for index, (operator, operand, language) in enumerate(zip(rest[::2], rest[1::2], languages), 1):
         spoken = LANGUAGES[language]
-        right = max(0, APPLY[operator](total, int(operand)))  # after a slip it could fall below 0, outside this world
+        # No total is below 0 in this world, but after a slip it could fall there.
+        right = max(0, APPLY[operator](total, int(operand)))
         said = maybe_miss(rng, right, slip)
-        lines.append(f"\n#{index} {total} {spoken.operators[operator]} {operand} {spoken.equals} {said}")
+        step = f"{total} {spoken.operators[operator]} {operand} {spoken.equals} {said}"
+        lines.append(f"\n#{index} {step}")
         if checked:
             lines.append(f" {spoken.right}" if said == right else f" {spoken.wrong} {right}")
             said = right
@@ -104,16 +118,18 @@ def work(rng: random.Random, problem: Problem, languages: list[str], slip: float
 
 
 def maybe_miss(rng: random.Random, right: int, chance: float) -> int:
-    """The right number or, with this chance, one beside it."""
+    """The right number or, with this chance, a number beside it."""
     return max(0, right + rng.choice((-2, -1, 1, 2))) if rng.random() < chance else right
 
 
 def small_text(rng: random.Random, task: Task, language: str) -> str:
-    """A few words that are about no problem: half of them tables of sums, where the facts are learned first."""
+    """A few words about no problem. Half of them or more are tables of sums, where the facts are
+    learned first."""
     number, other = rng.randint(0, task.max_total), rng.randint(1, MAX_OPERAND)
     kind = rng.choice(("table", "table", "table", "count", "neighbours", "list"))
     if kind == "table" or language != "en":
-        return ",".join(f" {fact}" for fact in (small_sum(rng, task, language) for _ in range(rng.randint(2, 6)))) + "."
+        facts = [small_sum(rng, task, language) for _ in range(rng.randint(2, 6))]
+        return ",".join(f" {fact}" for fact in facts) + "."
     if kind == "count":
         return " count" + "".join(f" {n}" for n in range(number, number + other)) + "."
     if kind == "neighbours":
@@ -126,14 +142,16 @@ def small_sum(rng: random.Random, task: Task, language: str) -> str:
     """A single fact, such as "7 plus 8 is 15"."""
     total, spoken = rng.randint(0, task.max_total), LANGUAGES[language]
     operator, operand = random_operation(rng, total, task)
-    return f"{total} {spoken.operators[operator]} {operand} {spoken.equals} {APPLY[operator](total, operand)}"
+    result = APPLY[operator](total, operand)
+    return f"{total} {spoken.operators[operator]} {operand} {spoken.equals} {result}"
 
 
 if __name__ == "__main__":
-    rng = random.Random(0)
-    task = Task(languages=tuple(sys.argv[1].split(",")) if sys.argv[1:] else Task.languages)
-    if not set(task.languages) <= set(LANGUAGES):
-        sys.exit(f"the languages are {','.join(LANGUAGES)}: python -m data.corpus en,ko")
+    rng, languages = random.Random(0), sys.argv[1] if sys.argv[1:] else "en"
+    try:
+        task = Task(languages=tuple(languages.split(",")))
+    except ValueError as error:
+        sys.exit(f"data.corpus: {error}")
     for _ in range(10):
         written = document(rng, range(2, 6), task)
         print(f"--- {written.style}\n{written.question}{written.text}")

@@ -1,6 +1,7 @@
-"""The words of each language; digits, the indices of steps and R1-Zero's tags are common to all.
+"""The words of each language. Digits, the indices of steps and R1-Zero's tags are common to all.
 
-Every word here stands in data/tokenizer.py too, to be one token; so the particle " 은" never becomes " 는".
+Every word here stands in data/tokenizer.py too, so that it is one token. For the same reason the
+particle " 은" never becomes " 는".
 """
 
 from dataclasses import dataclass
@@ -9,11 +10,11 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Language:
     question: str  # around the operands and operators of a problem
-    operators: dict[str, str]
+    operators: dict[str, str]  # the word for each
     equals: str
-    right: str  # said of a step that was checked
-    wrong: str  # the same, before the right number
-    glib: tuple[str, ...]  # thoughts that are none
+    right: str  # said of a checked step that is right
+    wrong: str  # said of a checked step that is wrong, before the right number
+    glib: tuple[str, ...]  # thoughts that hold no work
     careless: tuple[str, ...]  # answers without the tags
 
 

@@ -1,9 +1,11 @@
 """The tokenizer: a `tiktoken.Encoding` whose ranks are made right here, so nothing is downloaded.
 
-Ids 0-255 are the single bytes, so any text can be encoded. Then come whole words and whole numbers, each with the
-space or line break before it, as in GPT-2: " 12" is one token, and so is "\n#2", which opens the second step of a
-thought. The tags of R1-Zero's format, the end of a sequence and the padding are special tokens: text cannot spell
-them unless the caller says `tags=True`, which nothing does for text that came from a user.
+Ids 0-255 are the single bytes, so any text can be encoded. Then come whole words and whole numbers,
+each with the space or line break before it, as in GPT-2. So " 12" is one token, and so is "\n#2",
+which opens the second step of a thought.
+
+The tags of R1-Zero's format, the end of a sequence and the padding are special tokens, which no
+text can spell. A caller may allow the tags with `tags=True`, and never does for text from a user.
 """
 
 import hashlib
@@ -12,7 +14,7 @@ from functools import cache
 import tiktoken
 
 MAX_NUMBER = 99  # numbers above this are spelt digit by digit
-MAX_STEP = 16  # so are the indices of steps above this
+MAX_STEP = 16  # indices of steps above this are spelt digit by digit too
 SPEAKERS = ("User:", "\nAssistant:")
 WORDS = """
 what is plus minus times
@@ -30,8 +32,9 @@ PIECE = r"[ \n]?#?\p{N}+|[ \n]?\p{L}+:?|[ \n]?[^\s\p{L}\p{N}]|\s"
 
 
 class Tokenizer:
-    """Text to token ids and back. `eos_id` ends a sequence; `pad_id` fills a batch and is never trained on.
-    `fingerprint` tells this vocabulary from any other: ids mean nothing to a model that learned other words."""
+    """Text to token ids and back. `eos_id` ends a sequence; `pad_id` fills a batch and is never
+    trained on. `fingerprint` tells this vocabulary from any other, as ids mean nothing to a model
+    that learned other words."""
 
     def __init__(self) -> None:
         words = [f" {word}" for word in (*WORDS, *range(MAX_NUMBER + 1))]
@@ -53,12 +56,13 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(words).hexdigest()[:16]
 
     def encode(self, text: str, tags: bool = False) -> list[int]:
-        """The ids of `text`. With `tags`, "<think>" and the other tags become their special tokens; without, they are
-        ordinary characters, which is what text from a user must be."""
-        return self._encoding.encode(text, allowed_special=self._tags if tags else set(), disallowed_special=())
+        """The ids of `text`. With `tags`, "<think>" and the other tags become their special tokens.
+        Without, they are ordinary characters, as text from a user must be."""
+        special = self._tags if tags else set()
+        return self._encoding.encode(text, allowed_special=special, disallowed_special=())
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, tags included; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`, tags included. Bytes that are no UTF-8 become U+FFFD."""
         return self._encoding.decode(ids)
 
 

@@ -1,29 +1,72 @@
 """Runs small enough for a test, shared by the tests that make them."""
 
+import torch
+
+import train
+from data.batches import padded
 from data.tokenizer import get_tokenizer
 from model import ModelConfig, Transformer
-from train import Config, Run, grpo
+from sample import Rollout
+from train import Config
 
 tokenizer = get_tokenizer()
 SHAPE = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 24, "max_seq_len": 96}
-SMALL = Config(preset="tiny", **SHAPE, prompts=4, group_size=4, max_new_tokens=12, steps=2, eval_problems=8)
+SMALL = Config(
+    preset="tiny", **SHAPE, prompts=4, group_size=4, max_new_tokens=12, steps=2, eval_problems=8
+)
 SHAPE_FLAGS = [f"--{name}={value}" for name, value in SHAPE.items()]
 
 
 def small_model(seed=0):
-    model = Transformer(ModelConfig(tokenizer.vocab_size, **SHAPE, vocabulary=tokenizer.fingerprint))
+    model = Transformer(
+        ModelConfig(tokenizer.vocab_size, **SHAPE, vocabulary=tokenizer.fingerprint)
+    )
     model.init_weights(seed)
     return model
 
 
-def unsaved(config, phase):
-    """A run of a small model in no folder, and the lines of its log."""
-    run, records = Run(config, small_model(), phase), []
-    run.log, run.save = records.append, lambda: None
-    return run, records
+class Unsaved:
+    """A run in no folder: it keeps the lines of its logs, and saves nothing."""
+
+    def __init__(self):
+        self.records, self.looks, self.shown = [], [], []
+
+    def steps(self, stage, count, model, **state):
+        self.stage, self.state = stage, state
+        for self.step in range(count):
+            yield self.step
+
+    def log(self, record):
+        self.records.append({"stage": self.stage, "step": self.step + 1, **record})
+
+    def look(self, record):
+        self.looks.append({"stage": self.stage, "step": self.step + 1, **record})
+
+    def show(self, numbers, keep=False):
+        self.shown.append((numbers, keep))
 
 
-def run_grpo(config):
-    run, records = unsaved(config, "grpo")
-    grpo(config, run, tokenizer)
-    return run.model, records
+def rollout_of(problems, texts):
+    """A rollout in which these texts, G for each problem, were sampled and ended by themselves."""
+    rows = []
+    for row, text in enumerate(texts):
+        prompt = tokenizer.encode(problems[row * len(problems) // len(texts)].prompt)
+        rows.append((len(prompt), [*prompt, *tokenizer.encode(text, tags=True), tokenizer.eos_id]))
+    tokens, mask = padded(rows, tokenizer.eos_id)
+    zeros = torch.zeros(tokens.shape)
+    return Rollout(tokens, mask, zeros, zeros, torch.ones(len(rows), dtype=torch.bool))
+
+
+def by_length(problems, rollout, step):
+    """Rewards that differ within nearly every group, so that even a random model is updated."""
+    texts = train.decode_completions(rollout, tokenizer)
+    rewards = torch.tensor([float(len(text) % 5) for text in texts])
+    return dict.fromkeys(("reward", "accuracy", "format"), rewards)
+
+
+def run_grpo(config, reward=None, policy=None, **how):
+    """GRPO from a small model; the model that came out, and the lines of the log."""
+    run, policy = Unsaved(), policy or small_model()
+    reward = reward or train.rules(train.rule_weights(config.rewards))
+    train.grpo(config, run, "r1_zero", policy, small_model(), reward, **how)
+    return policy, run.records

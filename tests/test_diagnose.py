@@ -1,17 +1,18 @@
-"""experiments/diagnose.py: each verdict on a log that has it, and on none that has not."""
+"""experiments/watch/diagnose.py: each verdict on a log that has it, and on none that has not."""
 
 import json
+import math
 
 import pytest
 
-from experiments import diagnose
+from experiments.watch import diagnose
 
 STEPS = 40
 
 
 def log(**curves):
-    """A healthy run, but for these fields: each a function of the share of the run that is done, or None to leave it
-    out."""
+    """A healthy run, but for these fields: each a function of the share of the run that is done, or
+    None to leave it out."""
     healthy = {
         "reward": lambda done: 1 + 0.9 * done,
         "accuracy": lambda done: 0.2 + 0.75 * done,
@@ -27,11 +28,12 @@ def log(**curves):
     records = []
     for step in range(STEPS):
         done = step / (STEPS - 1)
-        records.append({"phase": "grpo", "step": step + 1})
-        records[-1] |= {name: curve(done) for name, curve in (healthy | curves).items() if curve}
+        record = {"stage": "r1_zero", "step": step + 1}
+        record |= {name: curve(done) for name, curve in (healthy | curves).items() if curve}
         if (step + 1) % 10:
             for name in ("held_out_accuracy", "base_kl"):
-                records[-1].pop(name, None)
+                record.pop(name, None)
+        records.append(record)
     return records
 
 
@@ -43,7 +45,8 @@ def stuck(done):
     return 0.3
 
 
-def test_a_healthy_log_has_no_complaint_and_every_check_is_asked():
+def test_a_healthy_log_has_no_complaint():
+    """Every check is asked, and each is fine."""
     found = diagnose.diagnose(log())
     assert [check.name for check, _, _ in found] == [check.name for check in diagnose.CHECKS]
     assert sick(log()) == []
@@ -54,57 +57,92 @@ def test_a_healthy_log_has_no_complaint_and_every_check_is_asked():
     [
         ("truncation", {"cut": lambda done: 0.3 * done}),
         ("signal", {"no_signal": lambda done: 0.8, "accuracy": lambda done: 0.01 + 0.1 * done}),
-        ("entropy", {"entropy": lambda done: 0.4 * (1 - done) ** 4, "accuracy": lambda done: 0.3 + 0.2 * done}),
-        ("length", {"completion_tokens": lambda done: 11 + 60 * done**2, "accuracy": lambda done: 0.6}),
+        (
+            "entropy",
+            {
+                "entropy": lambda done: 0.4 * (1 - done) ** 4,
+                "accuracy": lambda done: 0.3 + 0.2 * done,
+            },
+        ),
+        (
+            "length",
+            {"completion_tokens": lambda done: 11 + 60 * done**2, "accuracy": lambda done: 0.6},
+        ),
         ("held-out accuracy", {"held_out_accuracy": stuck}),
         ("reward", {"accuracy": lambda done: 0.6 - 0.3 * done}),
         ("policy step", {"k3_old": lambda done: 0.3 * (done > 0.5)}),
         ("distance", {"base_kl": lambda done: 3 * done}),
         ("agreement", {"logp_gap": lambda done: 0.05 * (0.4 < done < 0.6)}),
+        ("numbers", {"grad_norm": lambda done: math.nan if done == 0.0 else math.inf}),
     ],
 )
 def test_each_verdict_on_a_log_that_has_it(name, curves):
+    """A log with one trouble gets this verdict and no other."""
     found = sick(log(**curves))
     assert name in found
     assert found == [name] or "accuracy" in curves, "low accuracy shows in other checks too"
 
 
-def test_what_is_high_at_the_start_and_what_success_explains_is_no_complaint():
+def test_what_success_explains_is_no_complaint():
+    """What is high at the start alone, and what falls as accuracy rises, is fine."""
     assert sick(log(cut=lambda done: 0.5 * (1 - done) ** 4)) == []
-    assert sick(log(entropy=lambda done: 0.4 * (1 - done) ** 4, no_signal=lambda done: done)) == []
+    entropy = {"entropy": lambda done: 0.4 * (1 - done) ** 4}
+    assert sick(log(**entropy, no_signal=lambda done: done)) == []
     assert sick(log(held_out_accuracy=lambda done: 0.97)) == []
     records = log()
-    del records[5]["k3_old"]  # a step in which no row had an advantage
+    for name in ("k3_old", "logp_gap"):
+        del records[5][name]  # a step in which no row had an advantage
     assert sick(records) == []
     records = log(logp_gap=lambda done: 0.05)
     records[0]["dtype"] = "bfloat16"
     assert sick(records) == []
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("line", [0, STEPS // 2, STEPS - 1])
+def test_a_number_that_is_none_is_told_and_hides_nothing(broken, line):
+    """A line of NaN is one complaint; the other checks see the lines beside it."""
+    records = log(logp_gap=lambda done: 0.05 * (0.7 < done < 0.8))
+    for name in list(records[line])[2:]:
+        records[line][name] = broken
+    assert sick(records) == ["numbers", "agreement"]
+
+
+def test_a_log_of_nan_alone_is_one_complaint():
+    """Where no line has a number, there is nothing else to ask."""
+    curves = dict.fromkeys(list(log()[-1])[2:], lambda done: math.nan)
+    assert sick(log(**curves)) == ["numbers"]
+    assert len(diagnose.diagnose(log(**curves))) == 1
+
+
 def test_what_a_log_does_not_hold_is_not_asked(tmp_path, capsys):
+    """A check without its fields is left out; a verdict comes with range and advice."""
     found = diagnose.diagnose(log(base_kl=None, k3_old=None, held_out_accuracy=None))
-    assert {"distance", "policy step", "held-out accuracy"}.isdisjoint(check.name for check, _, _ in found)
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log(cut=stuck)))
+    asked = {check.name for check, _, _ in found}
+    assert {"distance", "policy step", "held-out accuracy"}.isdisjoint(asked)
+    text = "".join(json.dumps(record) + "\n" for record in log(cut=stuck))
+    (tmp_path / "log.jsonl").write_text(text)
     (tmp_path / "config.json").write_text('{"dtype": "float32", "device": "cpu"}')
     diagnose.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{tmp_path}: {STEPS} steps of GRPO"
-    assert lines.pop(1).startswith("ok    agreement")
-    assert lines[1] == "LOOK  truncation         30.0% of the last completions met --max_new_tokens"
-    assert "at most 5 %" in lines[2] and "--max_new_tokens" in lines[3] and lines[4].startswith("ok    signal")
+    assert lines[0] == f"{tmp_path}: {STEPS} lines of r1_zero"
+    assert lines[1] == "ok    numbers            NaN or infinite: nothing"
+    assert lines[2].startswith("ok    agreement")
+    assert lines[3] == "LOOK  truncation         30.0% of the last completions met --max_new_tokens"
+    assert "at most 5 %" in lines[4] and "--max_new_tokens" in lines[5]
+    assert lines[6].startswith("ok    signal")
 
 
-def test_one_step_is_enough_and_no_run_is_refused_in_one_line(tmp_path, capsys):
+def test_one_step_is_enough():
+    """A run that has just begun has no complaint."""
     assert sick(log()[:1]) == []
-    (tmp_path / "young").mkdir()
-    (tmp_path / "young" / "config.json").write_text('{"dtype": "float32"}')
-    (tmp_path / "young" / "log.jsonl").write_text('{"phase": "pretrain", "step": 50, "loss": 3.0}\n')
-    complaints = {
-        tmp_path / "young": "has no line of phase grpo in its log yet",
-        tmp_path: "is not the folder of a run",
-    }
-    for folder, complaint in complaints.items():
-        with pytest.raises(SystemExit) as stop:
-            diagnose.main([str(folder)])
-        printed = capsys.readouterr().err
-        assert stop.value.code == 2 and complaint in printed and printed.count("\n") == 1
+
+
+def test_a_stage_of_another_name_is_asked_by_its_name(tmp_path, capsys):
+    """--stage picks the lines."""
+    records = [record | {"stage": "reasoning"} for record in log()]
+    text = "".join(json.dumps(record) + "\n" for record in (*log(cut=stuck), *records))
+    (tmp_path / "log.jsonl").write_text(text)
+    (tmp_path / "config.json").write_text('{"dtype": "float32", "device": "cpu"}')
+    diagnose.main([str(tmp_path), "--stage", "reasoning"])
+    assert "LOOK" not in capsys.readouterr().out

@@ -1,22 +1,34 @@
-"""The commands of experiments/: what they print is so, and is what the README shows."""
+"""The lessons, and the commands that watch a run: what they print is so, and is what pages show."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from experiments import bench, bias, by_hand, collect, compare, plot
+from experiments.lessons import bias, by_hand
+from experiments.watch import compare, diagnose, plot
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PNG = b"\x89PNG"
 
 
-def test_the_worked_example_by_hand_is_what_the_code_computes_and_what_the_readme_shows(capsys):
-    by_hand.main()
-    shown = capsys.readouterr().out
-    assert f"```text\n{shown}```" in README
+def said(command, *arguments):
+    """What a command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        command(*arguments)
+    return printed.getvalue()
+
+
+# ------------------------------------------------------------------------------------ the lessons
+
+
+def test_the_sums_by_hand_are_what_the_code_computes():
+    """Each loss and each advantage that the worked example prints is its printed terms."""
+    shown = said(by_hand.main)
     losses = re.findall(r"by hand -\((.*)\) / (\d+) = (\S+)\n +policy_loss (\S+)", shown)
     assert len(losses) == 3
     for terms, divisor, total, computed in losses:
@@ -30,22 +42,50 @@ def test_the_worked_example_by_hand_is_what_the_code_computes_and_what_the_readm
     assert float(advantages[0][2]) > 1
 
 
-def test_the_tables_of_the_bias_are_what_the_readme_shows(capsys, tmp_path):
-    bias.main(["--plot", str(tmp_path / "bias.png")])
-    shown = capsys.readouterr().out
-    for name in ("std", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce", "rloo", *bias.KL_TERMS):
-        (line,) = re.findall(rf"^ *{name} .*\d$", shown, re.MULTILINE)
+@pytest.mark.docs
+def test_the_readme_shows_the_worked_example():
+    """The README holds what `by_hand` prints, to the letter."""
+    assert f"```text\n{said(by_hand.main)}```" in README
+
+
+@pytest.fixture(scope="module")
+def bias_tables(tmp_path_factory):
+    """What `bias` prints, and the picture that it draws."""
+    path = tmp_path_factory.mktemp("bias") / "bias.png"
+    return said(bias.main, ["--plot", str(path)]), path
+
+
+@pytest.mark.docs
+def test_the_readme_shows_the_tables_of_the_bias(bias_tables):
+    """Each row of the tables that `bias` prints stands in the README."""
+    names = ("std", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce", "rloo")
+    for name in (*names, *bias.KL_TERMS):
+        (line,) = re.findall(rf"^ *{name} .*\d$", bias_tables[0], re.MULTILINE)
         assert line in README, line
-    assert (tmp_path / "bias.png").read_bytes().startswith(PNG)
+
+
+def test_the_bias_has_a_row_for_each_loss_and_a_picture(bias_tables):
+    """`bias` prints a row for each variant and each KL term, and draws a picture."""
+    shown, path = bias_tables
+    for name in (*bias.VARIANTS, *bias.KL_TERMS):
+        assert len(re.findall(rf"^{name} .*\d$", shown, re.MULTILINE)) == 1
+    assert path.read_bytes().startswith(PNG)
+
+
+# ------------------------------------------------------------------- the commands that watch a run
 
 
 def write_run(folder, result=None, **config):
+    """A folder as a run leaves it: 50 steps of the base model and 20 of GRPO."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"variant": "grpo", "lr": 0.5, "steps": 30, "out": "x"} | config))
-    records = [{"phase": "pretrain", "step": 50, "loss": 2.0}]
+    settings = {"variant": "grpo", "lr": 0.5, "dtype": "float32", "device": "cpu", "out": "x"}
+    settings |= {"eval_problems": 500, "eval_samples": 16} | config
+    (folder / "config.json").write_text(json.dumps(settings))
+    records = [{"stage": "base", "step": 50, "loss": 2.0}]
     for step in range(1, 21):
-        record = {"phase": "grpo", "step": step, "accuracy": step / 20 * config.get("lr", 0.5), "entropy": 1.0}
-        record |= dict.fromkeys(("completion_tokens", "no_signal", "grad_norm"), 0.5)
+        record = {"stage": "r1_zero", "step": step, "accuracy": step / 20 * settings["lr"]}
+        fields = ("completion_tokens", "no_signal", "grad_norm", "entropy")
+        record |= dict.fromkeys(fields, 0.5)
         record |= {"held_out_accuracy": 0.25} if step % 10 == 0 else {}
         record |= {"k3_old": 0.125} if config else {}
         records.append(record)
@@ -55,129 +95,130 @@ def write_run(folder, result=None, **config):
     return str(folder)
 
 
-def test_two_runs_are_compared_by_flags_results_and_logs(capsys, tmp_path):
-    base, r1_zero = {"pass@1": 0.25, "beyond": {}}, {"pass@1": 0.5, "beyond": {}}
-    one = write_run(tmp_path / "one", {"base": base, "r1_zero": r1_zero})
-    two = write_run(tmp_path / "two", {"base": base, "r1_zero": {"pass@1": 0.75}}, lr=1.0, variant="mine")
-    compare.main([one, two, "--plot", str(tmp_path / "compare.png")])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+def words(text):
+    return [line.split() for line in text.splitlines()]
+
+
+def results(right):
+    seconds = {"total": 60.0 * right}
+    return {"seed": 0, "seconds": seconds, "base": {"pass@1": 0.25}, "r1_zero": {"pass@1": right}}
+
+
+def test_two_runs_are_compared_by_settings_results_and_logs(tmp_path):
+    """What is the same is not listed, and each number is what the folders hold."""
+    one = write_run(tmp_path / "one", results(0.5))
+    two = write_run(tmp_path / "two", results(0.75), lr=1.0, variant="mine")
+    picture = tmp_path / "compare.png"
+    shown = said(compare.main, [one, two, "--plot", str(picture)])
+    lines = words(shown)
     assert ["variant", "grpo", "mine"] in lines
     assert ["lr", "0.5", "1", "+0.5"] in lines
-    assert ["pass@1", "0.5", "0.75", "+0.25"] in lines
+    assert ["pass@1", "0.5", "0.75", "+0.25"] in lines and ["total", "30", "45", "+15"] in lines
     assert ["accuracy", "0.3875", "0.775", "+0.388"] in lines, "steps 11 to 20"
     assert ["accuracy", "0.2625", "0.525"] in [line[:3] for line in lines], "all steps"
     assert ["k3_old", "-", "0.125"] in lines
-    assert not any("out" in line[:1] or "steps" in line[:1] for line in lines), "what is the same is not listed"
-    assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
-    compare.main([one, two, "--plot", str(tmp_path / "k3.png"), "--curves", "k3_old,held_out_accuracy"])
+    assert not {"out", "dtype"} & {line[0] for line in lines if line}
+    assert "not evaluated on" not in shown and "has not ended" not in shown
+    assert picture.read_bytes().startswith(PNG)
+    curves = ["--plot", str(tmp_path / "k3.png"), "--curves", "k3_old,held_out_accuracy"]
+    said(compare.main, [one, two, *curves])
     assert (tmp_path / "k3.png").read_bytes().startswith(PNG)
-    (tmp_path / "two" / "grpo.py").write_text("another loss")
-    compare.main([one, two])
-    assert f"the code differs too: grpo.py (diff {one}/grpo.py {two}/grpo.py)" in capsys.readouterr().out
-    three = write_run(tmp_path / "three")
-    compare.main([one, three])
-    shown = capsys.readouterr().out
-    assert "20 of 30 steps" in shown and "held out" not in shown, "a run that has no result yet"
+    assert ["loss", "2", "2", "+0"] in words(said(compare.main, [one, two, "--stage", "base"]))
 
 
-def test_the_curves_of_runs_are_drawn_from_their_logs(tmp_path, capsys):
+def test_compare_tells_what_makes_two_runs_no_equals(tmp_path):
+    """Other code, evaluations of other sizes, and a run that has not ended are told."""
+    one = write_run(tmp_path / "one", results(0.5))
+    two = write_run(tmp_path / "two", results(0.75), eval_problems=200)
+    (tmp_path / "two" / "kit").mkdir()
+    (tmp_path / "two" / "kit" / "run.py").write_text("other code")
+    shown = said(compare.main, [one, two])
+    command = f"diff {one}/kit/run.py {two}/kit/run.py"
+    assert f"the code differs too: kit/run.py ({command})" in shown
+    assert "not evaluated on as many problems: A on 500, B on 200" in shown
+    assert "completions of each" not in shown
+    shown = said(compare.main, [one, write_run(tmp_path / "three")])
+    assert f"A  {one}, step 20 of r1_zero\n" in shown
+    assert "three, step 20 of r1_zero; the run has not ended\n" in shown
+    assert "held out" not in shown
+
+
+def test_the_curves_of_runs_are_drawn_from_their_logs(tmp_path):
+    """One run or several, the stage that was asked for, and a run that has just begun."""
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", lr=1.0)
     young = write_run(tmp_path / "young")
     lines = (tmp_path / "young" / "log.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "young" / "log.jsonl").write_text("".join(lines[:4]))
-    plot.main([young])  # before its first look at held-out problems
-    plot.main([one])
-    assert (tmp_path / "one" / "curves.png").read_bytes().startswith(PNG)
-    plot.main([one, two, "--out", str(tmp_path / "two.png"), "--curves", "accuracy,k3_old"])
-    assert (tmp_path / "two.png").read_bytes().startswith(PNG)
-    plot.main([one, "--phase", "pretrain", "--curves", "loss", "--out", str(tmp_path / "loss.png")])
-    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
-    capsys.readouterr()
-    for arguments, complaint in (
-        ([one, "--curves", "banana"], "no log has a field banana, but accuracy, completion_tokens"),
-        ([one, "--phase", "pretrain", "--curves", "accuracy"], "no log has a field accuracy, but loss"),
-        ([one, "--out", str(tmp_path / "nowhere" / "x.png")], "there is no folder"),
-        ([one, "--out", str(tmp_path)], "a folder, where the name of a picture should be"),
-        ([str(tmp_path)], "is not the folder of a run: it holds no log.jsonl"),
+    for arguments, picture in (
+        ([one], "one/curves.png"),
+        ([young], "young/curves.png"),  # before its first look at held-out problems
+        ([one, two, "--out", f"{tmp_path}/two.png", "--curves", "accuracy,k3_old"], "two.png"),
+        ([one, "--out", f"{tmp_path}/loss.png", "--stage", "base"], "loss.png"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            plot.main(arguments)
-        printed = capsys.readouterr()
-        assert stop.value.code == 2 and printed.out == ""
-        assert complaint in printed.err and printed.err.count("\n") == 1
+        assert said(plot.main, arguments) == f"-> {tmp_path / picture}\n"
+        assert (tmp_path / picture).read_bytes().startswith(PNG)
 
 
-def test_the_benchmark_counts_useful_tokens_and_takes_a_step_apart(tmp_path, monkeypatch, capsys):
-    """Without the peers: what is missing is named, and the rest runs."""
-    monkeypatch.setattr(bench, "RESULTS", tmp_path / "bench.json")
-    monkeypatch.setattr(bench, "find_spec", lambda name: None if name in ("transformers", "trl") else True)
-    common = ["--shape", "cpu", "--rows", "32", "--tokens", "12", "--repeat", "2"]
-    bench.main(["sample", *common])
-    bench.main(["sample", *common, "--ends"])
-    bench.main(["step", *common, "--silent", "0.5"])
-    shown = capsys.readouterr().out
-    assert "transformers is not installed" in shown and "trl is not installed" in shown
-    whole, ended, step = (row["result"] for row in json.loads((tmp_path / "bench.json").read_text()))
-    assert whole["mean_length"]["ours"] == 12 > ended["mean_length"]["ours"]
-    for result in (whole, ended):
-        assert result["tokens_per_second"]["ours"] == pytest.approx(sum(result["all"]["ours"]) / 2)
-        assert 0 < result["share_of_roofline"] < 1
-    seconds = dict(step["seconds"])
-    assert seconds.pop("whole") == pytest.approx(sum(seconds.values()), rel=0.2)
-    assert set(seconds) == {"sample", "reward", "forward", "backward", "optimizer", "other"}
-    assert 0 < step["update_flop_utilisation"] < 1
-    assert len(bench.table(json.loads((tmp_path / "bench.json").read_text())).splitlines()) == 2 + 3
+def test_a_stage_of_any_name_has_curves():
+    """A stage that plot.py does not know shows the known fields of its log, or all."""
+    log = [{"stage": "judge", "step": 1, "loss": 1.0, "entropy": 1.0, "margin": 1.0}]
+    assert plot.choose_curves(None, None, "judge", [log]) == ["entropy", "loss"]
+    assert plot.choose_curves(None, None, "base", [log]) == ["loss"]
+    log = [{"stage": "judge", "step": 1, "margin": 1.0}]
+    assert plot.choose_curves(None, None, "judge", [log]) == ["margin"]
 
 
-def test_the_limit_of_the_sampler_is_its_bytes_and_products_counted_one_by_one(monkeypatch):
-    machine = bench.Machine("cpu", bench.torch.float32)
-    monkeypatch.setattr(bench.Machine, "flops_per_second", lambda self: 1e9)
-    monkeypatch.setattr(bench.Machine, "bytes_per_second", lambda self: 1e9)
-    flags = bench.argparse.Namespace(shape="cpu", tokens=5)
-    model = bench.our_model(flags, machine)
-    weights = sum(w.numel() for name, w in model.named_parameters() if not name.startswith("position"))
-    flops, read = 0, 0
-    for length in (5, 2):
-        for new in range(1, length + 1):
-            seen = bench.PROMPT + new
-            flops += 2 * weights + 3 * 4 * seen * 64  # 3 layers: scores and values, 4 heads of 16, a product and a sum
-            read += 3 * 2 * 2 * 16 * seen * 4  # 3 layers, keys and values, 2 heads of 16 in 4 bytes
-    read += 5 * weights * 4  # the weights once a step
-    assert bench.seconds_at_best(model, machine, [5, 2]) == pytest.approx((flops + read) / 1e9)
+@pytest.mark.parametrize("command", [compare, plot, diagnose])
+def test_a_half_written_last_line_is_left_alone(command, tmp_path):
+    """A run that is being written can be watched, even if half a letter is there."""
+    one = write_run(tmp_path / "one")
+    with (tmp_path / "one" / "log.jsonl").open("ab") as log:
+        log.write('{"stage": "r1_zero", "step": 21, "said": "쉬'.encode()[:-1])
+    assert said(command.main, [one, one] if command is compare else [one])
+    assert [record["step"] for record in plot.read_log(Path(one))][-1] == 20
 
 
-def test_the_readmes_table_of_speed_is_that_of_the_results():
-    assert bench.table(json.loads(bench.RESULTS.read_text())) in README
-
-
-def test_what_is_no_run_is_refused_in_one_line(capsys, tmp_path):
+def test_what_cannot_be_shown_is_refused_in_one_line(capsys, tmp_path):
+    """No run, no such field, no place for a picture: one line, status 2, nothing printed."""
     one = write_run(tmp_path / "one")
     (tmp_path / "empty").mkdir()
-    young = Path(write_run(tmp_path / "young"))
-    (young / "log.jsonl").write_text("")
-    (tmp_path / "torn").mkdir()
-    for name in ("config.json", "log.jsonl"):
-        (tmp_path / "torn" / name).write_text((tmp_path / "one" / name).read_text())
-    with (tmp_path / "torn" / "log.jsonl").open("a") as log:
-        log.write('{"phase": "gr')
-    compare.main([one, str(tmp_path / "torn")])
-    assert "20 of 30 steps" in capsys.readouterr().out, "a line that is still being written is left alone"
-    with pytest.raises(SystemExit):
-        compare.main([one, one, "--plot", str(tmp_path / "x.png"), "--curves", "accuracy,banana"])
-    assert "no log has a field banana, but accuracy, completion_tokens" in capsys.readouterr().err
-    for command, arguments in ((compare.main, [one, one]), (bias.main, [])):
-        with pytest.raises(SystemExit) as stop:
-            command([*arguments, "--plot", str(tmp_path / "nowhere" / "x.png")])
-        assert stop.value.code == 2 and "there is no folder" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"holds no result.json"):
-        collect.main(["cpu", one])
-    for other, complaint in (
-        (tmp_path / "nowhere", "holds no config.json"),
-        (tmp_path / "empty", "holds no config.json"),
-        (young, "has no line of phase grpo in its log yet"),
+    young, torn, bare = (Path(write_run(tmp_path / name)) for name in ("young", "torn", "bare"))
+    (young / "log.jsonl").write_text('{"stage": "base", "step": 50, "loss": 2.0}\n')
+    (torn / "log.jsonl").write_text('{"stage": "r1_z\n{}\n')
+    (bare / "config.json").unlink()
+    nowhere = str(tmp_path / "nowhere" / "x.png")
+    no_step = "young has no line of the stage r1_zero in its log yet (it has base)"
+    for command, arguments, complaint in (
+        (plot, [], "run"),
+        (plot, [one, "--curves", "banana"], "no log has a field banana, but accuracy, compl"),
+        (plot, [one, "--stage", "base", "--curves", "accuracy"], "no log has a field accuracy"),
+        (plot, [one, "--stage", "judge"], "no line of the stage judge in its log yet (it has b"),
+        (plot, [one, "--out", nowhere], "there is no folder"),
+        (plot, [one, "--out", str(tmp_path)], "a folder, where the name of a picture should be"),
+        (plot, [str(tmp_path)], "is not the folder of a run: it holds no log.jsonl"),
+        (plot, [str(torn)], "torn/log.jsonl has a line that no run wrote"),
+        (plot, [str(young)], no_step),
+        (diagnose, [str(young)], no_step),
+        (diagnose, [str(tmp_path)], "is not the folder of a run"),
+        (diagnose, [str(bare)], "holds no config.json"),
+        (compare, [one, nowhere], "holds no config.json"),
+        (compare, [one, str(tmp_path / "empty")], "holds no config.json"),
+        (compare, [one, str(young)], no_step),
+        (compare, [one, one, "--plot", nowhere], "there is no folder"),
+        (compare, [one, one, "--curves", "loss"], "no log has a field loss"),
+        (bias, ["--plot", nowhere], "there is no folder"),
     ):
         with pytest.raises(SystemExit) as stop:
-            compare.main([one, str(other)])
+            command.main(arguments)
         printed = capsys.readouterr()
         assert stop.value.code == 2 and printed.out == ""
         assert complaint in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.mark.docs
+def test_the_index_has_every_command_and_no_other():
+    """experiments/README.md names each module of the wings that can be run."""
+    index = (ROOT / "experiments" / "README.md").read_text()
+    paths = [path.relative_to(ROOT) for path in (ROOT / "experiments").glob("*/*.py")]
+    commands = {".".join(path.with_suffix("").parts) for path in paths if path.stem != "__init__"}
+    assert set(re.findall(r"^\| `python -m ([\w.]+)", index, re.M)) == commands

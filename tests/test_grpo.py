@@ -32,10 +32,17 @@ CLIPS = {  # DAPO's and GSPO's are their papers', CISPO's is ScaleRL's, 0.2 is P
     "rloo": (math.inf, math.inf),
 }
 MAX_TOKENS = 11
+KL_FORMULAS = {  # of x = pi_ref / pi
+    "k1": lambda x: -torch.log(x),
+    "k2": lambda x: torch.log(x) ** 2 / 2,
+    "k3": lambda x: x - torch.log(x) - 1,
+}
+KL_KINDS = (*KL_FORMULAS, "k3_ratio")
 
 
 def random_batch(seed=0, B=6, T=7):
-    """Log-probabilities of three policies and a ragged mask; a row of one token, a full row, junk under the mask."""
+    """Log-probabilities of three policies, advantages, and a ragged mask: a row of one token, a
+    full row, junk outside of the mask."""
     generator = torch.Generator().manual_seed(seed)
     logps, old_logps, ref_logps = -3 * torch.rand(3, B, T, generator=generator, dtype=torch.float64)
     old_logps = logps + 0.5 * (old_logps - old_logps.mean())  # ratios on both sides of the clip
@@ -45,7 +52,7 @@ def random_batch(seed=0, B=6, T=7):
     mask = (position >= start[:, None]) & (position < (start + lengths)[:, None])
     for junk, values in zip((math.nan, -math.inf, math.nan), (logps, old_logps, ref_logps)):
         values[~mask] = junk
-    # In rows 0 and 1 and rows 2 and 3 two rewards against each other; rows 4 and 5 are a group without spread.
+    # Rows 0 and 1 are a group, and so are rows 2 and 3; rows 4 and 5 are a group of equal rewards.
     advantages = group_advantages(torch.tensor([0.0, 2, 1.5, 1, 1, 1], dtype=torch.float64), 2)
     return logps.requires_grad_(), old_logps, ref_logps, advantages, mask
 
@@ -69,8 +76,8 @@ def loss_by_loops(
     clip=None,
     held=None,
 ):
-    """The loss of each paper, one token at a time. `held` are the log-probabilities in the factors through which no
-    gradient flows; they are the policy's own, kept apart so that finite differences can hold them still."""
+    """The loss of each paper, one token at a time. `held` are the policy's log-probabilities in the
+    factors through which no gradient flows. Finite differences hold them still."""
     held = logps.detach() if held is None else held
     old_logps = held if old_logps is None else old_logps
     clip_low, clip_high = CLIPS[variant] if clip is None else clip
@@ -101,42 +108,45 @@ def loss_by_loops(
                 objective = advantage * logps[i, t]
             if beta:
                 x = torch.exp(ref_logps[i, t] - logps[i, t])
-                estimate = {"k1": -torch.log(x), "k2": torch.log(x) ** 2 / 2, "k3": x - torch.log(x) - 1}[kl[:2]]
+                estimate = KL_FORMULAS[kl[:2]](x)
                 objective = objective - beta * estimate * (ratio if kl.endswith("_ratio") else 1)
             total = total + objective / (len(steps) if variant in ("grpo", "gspo") else 1)
-    normalizer = {"dapo": tokens, "cispo": tokens, "dr_grpo": len(mask) * MAX_TOKENS}.get(variant, len(mask))
-    return -total / normalizer
+    counts = {"dapo": tokens, "cispo": tokens, "dr_grpo": len(mask) * MAX_TOKENS}
+    return -total / counts.get(variant, len(mask))
 
 
-# The tests of a paper's equation are for the variants above; those of an invariance are for every row of VARIANTS, so a
-# row of one's own is held to them at once.
+# A test of a paper's equation is for the variants in CLIPS. A test of an invariance is for every
+# row of VARIANTS, so it holds a new row to the invariance at once.
 
 
 def compute(variant, logps, old_logps, ref_logps, advantages, mask, **options):
-    """policy_loss with what the variant takes."""
-    old_logps = None if VARIANTS[variant].ratio is None else old_logps
-    options = {"max_tokens": MAX_TOKENS, **options}
-    return policy_loss(logps, advantages, mask, old_logps=old_logps, ref_logps=ref_logps, variant=variant, **options)
+    """policy_loss with the arguments that the variant takes."""
+    options = {"variant": variant, "ref_logps": ref_logps, "max_tokens": MAX_TOKENS, **options}
+    if VARIANTS[variant].ratio:
+        options["old_logps"] = old_logps
+    return policy_loss(logps, advantages, mask, **options)
 
 
 def gradient_of(loss, logps):
     return torch.autograd.grad(loss, logps)[0]
 
 
-# ------------------------------------------------------------------------------------------------ values and gradients
+# ---------------------------------------------------------------------------- values and gradients
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["one advantage", "by token"])
-@pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.3, kl) for kl in KL_TERMS)])
+@pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.3, kl) for kl in KL_KINDS)])
 @pytest.mark.parametrize("variant", CLIPS)
-def test_loss_and_gradient_equal_the_papers_equations_written_as_loops(variant, beta, kl, per_token):
+def test_loss_and_gradient_equal_the_papers_equations(variant, beta, kl, per_token):
+    """The equations are written as loops over tokens."""
     logps, old_logps, ref_logps, advantages, mask = random_batch()
     if variant in ON_POLICY:
         old_logps = None
     if per_token:
         advantages = by_token(advantages, mask)
-    loss, _ = compute(variant, logps, old_logps, ref_logps, advantages, mask, beta=beta, kl=kl)
-    expected = loss_by_loops(variant, logps, old_logps, ref_logps, advantages, mask, beta=beta, kl=kl)
+    batch = (variant, logps, old_logps, ref_logps, advantages, mask)
+    loss, _ = compute(*batch, beta=beta, kl=kl)
+    expected = loss_by_loops(*batch, beta=beta, kl=kl)
     torch.testing.assert_close(loss, expected, **CLOSE)
     gradient = gradient_of(loss, logps)
     torch.testing.assert_close(gradient, gradient_of(expected, logps), **CLOSE)
@@ -145,8 +155,8 @@ def test_loss_and_gradient_equal_the_papers_equations_written_as_loops(variant, 
 
 
 def boundary_batch(clip_low, clip_high):
-    """Outputs of 3 tokens for either sign of the advantage and a ratio a little below or above either bound, the
-    same at each token, so that it is also the output's; and the cell of the six that each is in."""
+    """Outputs of 3 tokens, for either sign of the advantage and a ratio just below or above either
+    bound. Each token of an output has the same ratio, so that it is the output's ratio too."""
     near = [1 - clip_low * 1.05, 1 - clip_low * 0.95, 1 + clip_high * 0.95, 1 + clip_high * 1.05]
     ratio = torch.tensor([r for r in near for _ in range(2)], dtype=torch.float64)
     advantages = torch.tensor([0.7, -0.7] * len(near), dtype=torch.float64)
@@ -158,7 +168,8 @@ def boundary_batch(clip_low, clip_high):
 
 
 @pytest.mark.parametrize("variant", CLIPS)
-def test_gradients_equal_finite_differences_on_both_sides_of_each_clip_boundary(variant):
+def test_gradients_equal_finite_differences_around_each_clip(variant):
+    """On both sides of each boundary of the clip, for either sign of the advantage."""
     clip = (0.3, 0.4) if variant == "cispo" or variant in ON_POLICY else CLIPS[variant]
     bounds = {} if variant in ON_POLICY else {"clip_low": clip[0], "clip_high": clip[1]}
     logps, old_logps, advantages, mask = boundary_batch(*clip)
@@ -182,7 +193,8 @@ def test_gradients_equal_finite_differences_on_both_sides_of_each_clip_boundary(
             assert not stopped.any(), "CISPO stops no token"
             assert (low, high) == (6, 6)
         else:
-            assert stopped.nonzero().flatten().tolist() == [1, 6], "A < 0 below the interval, A > 0 above it"
+            # A < 0 below the interval, A > 0 above it.
+            assert stopped.nonzero().flatten().tolist() == [1, 6]
             assert (low, high) == (3, 3)
 
 
@@ -190,7 +202,8 @@ def test_gradients_equal_finite_differences_on_both_sides_of_each_clip_boundary(
     ("advantage", "ratio", "slope"),
     [(1, 0.5, 1), (1, 1.0, 1), (1, 1.5, 0), (-1, 0.5, 0), (-1, 1.0, -1), (-1, 1.5, -1)],
 )
-def test_clip_stops_the_gradient_only_where_the_ratio_has_gone_the_way_that_pays(advantage, ratio, slope):
+def test_clip_stops_the_gradient_only_where_moving_on_pays(advantage, ratio, slope):
+    """The gradient is 0 only where the ratio has left the interval the way that pays."""
     ratio = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
     clipped_surrogate(ratio, ratio.log(), torch.tensor(float(advantage)), 0.2, 0.2).backward()
     assert ratio.grad == slope
@@ -209,7 +222,8 @@ def test_clip_bounds_can_be_set_apart_and_switched_off(variant):
         assert (metrics["clip_high"] == 0) >= (clip[1] == math.inf)
 
 
-def test_the_sequence_ratio_is_the_geometric_mean_and_its_gradients_add_up_to_the_means():
+def test_the_sequence_ratio_is_the_geometric_mean():
+    """And the gradients of an output's tokens add up to the gradient of that mean."""
     generator = torch.Generator().manual_seed(4)
     log_ratio = torch.randn(1, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[False, True, True, True, False]])
@@ -220,33 +234,40 @@ def test_the_sequence_ratio_is_the_geometric_mean_and_its_gradients_add_up_to_th
     torch.testing.assert_close(token_form, gradient_of(mean, log_ratio), **CLOSE)
 
 
-# ------------------------------------------------------------------------------------------------------- on-policy
+# --------------------------------------------------------------------------------------- on-policy
 
 
 @pytest.mark.parametrize("variant", CLIPS)
-def test_without_old_logps_the_ratio_is_1_and_the_gradient_is_that_of_reinforce(variant):
+def test_without_old_logps_the_gradient_is_reinforces(variant):
+    """The ratio is 1 by definition: its value says nothing, so no metric is about it."""
     logps, _, ref_logps, advantages, mask = random_batch()
-    loss, metrics = policy_loss(logps, advantages, mask, ref_logps=ref_logps, variant=variant, max_tokens=MAX_TOKENS)
-    weights = mask / mask.sum(dim=1, keepdim=True).double() if variant in ("grpo", "gspo") else mask.double()
+    options = {"ref_logps": ref_logps, "variant": variant, "max_tokens": MAX_TOKENS}
+    loss, metrics = policy_loss(logps, advantages, mask, **options)
+    weights = mask.double()
+    if variant in ("grpo", "gspo"):
+        weights = weights / weights.sum(dim=1, keepdim=True)
     count = {"dapo": mask.sum(), "cispo": mask.sum(), "dr_grpo": 6 * MAX_TOKENS}.get(variant, 6)
-    torch.testing.assert_close(gradient_of(loss, logps), -weights * advantages[:, None] / count, **CLOSE)
-    assert set(metrics) == {"tokens", "k1_ref", "k3_ref"}, "metrics of a ratio that is 1 by definition say nothing"
+    expected = -weights * advantages[:, None] / count
+    torch.testing.assert_close(gradient_of(loss, logps), expected, **CLOSE)
+    assert set(metrics) == {"tokens", "k1_ref", "k3_ref"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_gradient_flows_into_old_or_reference_log_probabilities_even_where_they_carry_a_graph(variant):
-    """Whoever forgets to detach them would train nothing: the gradients of logps and old_logps would cancel."""
+def test_no_gradient_flows_into_old_or_reference_logps(variant):
+    """Not even where they carry a graph: the gradients of logps and old_logps would cancel, and
+    whoever forgets to detach them would train nothing."""
     logps, old_logps, ref_logps, advantages, mask = random_batch()
     options = {"beta": 0.3, "kl": "k2"}
     expected, _ = compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)
     graph = (logps - logps.detach()).masked_fill(~mask, 0.0)  # 0, with the gradient of logps
-    attached, _ = compute(variant, logps, old_logps + graph, ref_logps + graph, advantages, mask, **options)
+    old_logps, ref_logps = old_logps + graph, ref_logps + graph
+    attached, _ = compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)
     torch.testing.assert_close(gradient_of(attached, logps), gradient_of(expected, logps), **CLOSE)
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if VARIANTS[name].ratio])
 @pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
-def test_a_ratio_that_would_overflow_gives_neither_nan_nor_infinity(variant, advantage):
+def test_a_ratio_that_would_overflow_stays_finite(variant, advantage):
     logps = torch.tensor([[0.0, -0.5, -1.0]], requires_grad=True)
     old_logps, mask = torch.tensor([[0.0, -300.0, -300.0]]), torch.tensor([[False, True, True]])
     settings = {"old_logps": old_logps, "variant": variant, "max_tokens": 2}
@@ -261,20 +282,20 @@ def test_ratios_far_from_1_are_those_of_the_equation(gap):
         old_logps = torch.full((2, 4), -20.0, dtype=torch.float64)
         logps = (old_logps + gap).requires_grad_()
         mask = torch.tensor([[False, True, True, True]] * 2)
-        batch = (logps, old_logps, old_logps - 60, torch.tensor([1.0, -1.0], dtype=torch.float64), mask)
+        advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+        batch = (logps, old_logps, old_logps - 60, advantages, mask)
         loss, metrics = compute(variant, *batch, beta=0.001)
         expected = loss_by_loops(variant, *batch, beta=0.001)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gradient_of(loss, logps), gradient_of(expected, logps), rtol=1e-12, atol=1e-15)
+        gradients = (gradient_of(loss, logps), gradient_of(expected, logps))
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
         assert metrics["ratio"].item() == pytest.approx(6 * math.exp(gap))
 
 
 def test_a_small_beta_counts():
-    logps, old_logps, ref_logps, advantages, mask = random_batch()
-    without, small = (
-        gradient_of(compute("grpo", logps, old_logps, ref_logps, advantages, mask, beta=beta)[0], logps)
-        for beta in (0.0, 0.001)
-    )
+    batch = random_batch()
+    losses = (compute("grpo", *batch, beta=beta)[0] for beta in (0.0, 0.001))
+    without, small = (gradient_of(loss, batch[0]) for loss in losses)
     assert (without - small).abs().max() > 1e-5
 
 
@@ -287,7 +308,7 @@ def test_loss_of_a_fresh_group_is_zero_and_its_gradient_is_not():
     assert gradient_of(loss, logps).abs().max() > 0.01
 
 
-# ----------------------------------------------------------------------------------------------------- invariances
+# ------------------------------------------------------------------------------------- invariances
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -305,18 +326,20 @@ def test_more_padding_changes_neither_loss_nor_metrics(variant):
 
 
 @pytest.mark.parametrize(
-    "parts", [[[0, 1, 2, 3, 4, 5]], [[5, 2], [0, 4], [1, 3]], [[3], [0], [5], [1], [4], [2]]], ids=str
+    "parts",
+    [[[0, 1, 2, 3, 4, 5]], [[5, 2], [0, 4], [1, 3]], [[3], [0], [5], [1], [4], [2]]],
+    ids=str,
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_micro_batches_of_any_size_and_order_add_up_to_the_gradient_of_the_step(variant, parts):
-    logps, old_logps, ref_logps, advantages, mask = random_batch()
+def test_micro_batches_add_up_to_the_gradient_of_the_step(variant, parts):
+    """Micro-batches of any size and in any order; their losses and metrics add up as well."""
+    logps, _, _, _, mask = batch = random_batch()
     options = {"beta": 0.1, "kl": "k3_ratio"}
-    whole, whole_metrics = compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)
+    whole, whole_metrics = compute(variant, *batch, **options)
     options["normalizer"] = loss_normalizer(mask, variant, MAX_TOKENS)
     total, gradient, metrics = 0.0, torch.zeros_like(logps), dict.fromkeys(whole_metrics, 0)
     for rows in parts:
-        batch = (x[rows] for x in (logps, old_logps, ref_logps, advantages, mask))
-        loss, sums = compute(variant, *batch, **options)
+        loss, sums = compute(variant, *(x[rows] for x in batch), **options)
         total, gradient = total + loss, gradient + gradient_of(loss, logps)
         metrics = {name: metrics[name] + sums[name] for name in sums}
     torch.testing.assert_close(total, whole, **CLOSE)
@@ -325,34 +348,34 @@ def test_micro_batches_of_any_size_and_order_add_up_to_the_gradient_of_the_step(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rows_without_advantage_may_be_dropped_once_they_are_counted(variant):
+def test_rows_without_advantage_may_be_dropped_once_counted(variant):
     logps, old_logps, _, advantages, mask = random_batch()
     whole, _ = compute(variant, logps, old_logps, None, advantages, mask)
     rows = advantages.nonzero().flatten()
     assert len(rows) == 4
     normalizer = loss_normalizer(mask, variant, MAX_TOKENS)
-    kept, _ = compute(
-        variant, *(x[rows] for x in (logps, old_logps)), None, advantages[rows], mask[rows], normalizer=normalizer
-    )
+    batch = (logps[rows], old_logps[rows], None, advantages[rows], mask[rows])
+    kept, _ = compute(variant, *batch, normalizer=normalizer)
     torch.testing.assert_close(gradient_of(kept, logps), gradient_of(whole, logps), **CLOSE)
 
 
 @pytest.mark.parametrize(
-    "order", [[1, 0, 2, 3, 4, 5], [4, 5, 0, 1, 2, 3], [2, 5, 0, 4, 1, 3]], ids=["group", "prompts", "rows"]
+    "order",
+    [[1, 0, 2, 3, 4, 5], [4, 5, 0, 1, 2, 3], [2, 5, 0, 4, 1, 3]],
+    ids=["group", "prompts", "rows"],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_order_of_rows_and_of_prompts_does_not_matter(variant, order):
-    logps, old_logps, ref_logps, advantages, mask = random_batch()
-    options = {"beta": 0.1, "kl": "k3"}
-    one, one_metrics = compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)
-    batch = [x[order] for x in (logps, old_logps, ref_logps, advantages, mask)]
-    two, two_metrics = compute(variant, *batch, **options)
+    batch, options = random_batch(), {"beta": 0.1, "kl": "k3"}
+    one, one_metrics = compute(variant, *batch, **options)
+    two, two_metrics = compute(variant, *(x[order] for x in batch), **options)
     torch.testing.assert_close((one, one_metrics), (two, two_metrics), **CLOSE)
-    torch.testing.assert_close(gradient_of(one, logps), gradient_of(two, logps), **CLOSE)
+    torch.testing.assert_close(gradient_of(one, batch[0]), gradient_of(two, batch[0]), **CLOSE)
 
 
 @pytest.mark.parametrize("variant", CLIPS)
-def test_an_output_that_is_masked_out_adds_nothing_and_is_still_counted_among_the_outputs(variant):
+def test_an_output_that_is_masked_out_adds_nothing_but_counts(variant):
+    """It has no gradient, and is still counted among the outputs."""
     logps, old_logps, _, advantages, mask = random_batch()
     mask[1] = False
     loss, _ = compute(variant, logps, old_logps, None, advantages, mask)
@@ -372,10 +395,11 @@ def test_a_given_normalizer_is_used_as_it_is():
     for variant in VARIANTS:
         counted, _ = compute(variant, logps, old_logps, None, advantages, mask)
         given, _ = compute(variant, logps, old_logps, None, advantages, mask, normalizer=2.5)
-        torch.testing.assert_close(2.5 * given, loss_normalizer(mask, variant, MAX_TOKENS) * counted, **CLOSE)
+        normalizer = loss_normalizer(mask, variant, MAX_TOKENS)
+        torch.testing.assert_close(2.5 * given, normalizer * counted, **CLOSE)
 
 
-# --------------------------------------------------------------------------------------------------------- metrics
+# ----------------------------------------------------------------------------------------- metrics
 
 
 def test_metrics_are_sums_over_the_tokens_of_the_mask():
@@ -384,7 +408,8 @@ def test_metrics_are_sums_over_the_tokens_of_the_mask():
     expected = dict.fromkeys(metrics, 0.0)
     for i, t in mask.nonzero().tolist():
         policy, old, reference = (x[i, t].item() for x in (logps, old_logps, ref_logps))
-        ratio, ref_ratio, advantage = math.exp(policy - old), math.exp(reference - policy), advantages[i].item()
+        ratio, ref_ratio = math.exp(policy - old), math.exp(reference - policy)
+        advantage = advantages[i].item()
         expected["tokens"] += 1
         expected["ratio"] += ratio
         expected["clip_low"] += ratio < 0.8 and advantage < 0
@@ -393,12 +418,13 @@ def test_metrics_are_sums_over_the_tokens_of_the_mask():
         expected["k3_old"] += ratio - 1 - math.log(ratio)
         expected["k1_ref"] += -math.log(ref_ratio)
         expected["k3_ref"] += ref_ratio - 1 - math.log(ref_ratio)
-    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, abs=1e-10)
+    found = {name: value.item() for name, value in metrics.items()}
+    assert found == pytest.approx(expected, abs=1e-10)
     assert metrics["clip_low"] > 0 and metrics["clip_high"] > 0
     assert not any(value.requires_grad for value in metrics.values())
 
 
-def test_k1_old_and_k3_old_average_to_the_kl_from_the_old_policy_to_the_new():
+def test_k1_old_and_k3_old_average_to_the_kl_from_old_to_new():
     old, new = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.2, 0.3]], dtype=torch.float64).log()
     exact = (old.exp() * (old - new)).sum()
     # A row for each token that can be sampled, each as often as the old policy samples it.
@@ -410,29 +436,27 @@ def test_k1_old_and_k3_old_average_to_the_kl_from_the_old_policy_to_the_new():
 
 
 def test_clip_metrics_know_wide_bounds_too():
-    """R1 clips at 10: a ratio of 10.5 is inside, one of 11.5 outside."""
+    """R1 clips at 10: a ratio of 10.5 is inside, a ratio of 11.5 outside."""
     logps = torch.tensor([[0.0, math.log(10.5), math.log(11.5)]], dtype=torch.float64)
     mask = torch.tensor([[False, True, True]])
     settings = {"old_logps": torch.zeros_like(logps), "clip_high": 10.0}
     assert policy_loss(logps, torch.ones(1), mask, **settings)[1]["clip_high"] == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- the KL
+# ------------------------------------------------------------------------------------------ the KL
 
 
 def test_kl_estimates_equal_the_formulas():
     logps = torch.tensor([-0.1, -2.0, -3.0], dtype=torch.float64)
     ref_logps = torch.tensor([-2.0, -0.1, -3.0], dtype=torch.float64)
-    for kind in KL_ESTIMATORS:
-        for value, log_pi, log_ref in zip(
-            kl_penalty(logps, ref_logps, kind).tolist(), logps.tolist(), ref_logps.tolist()
-        ):
-            x = math.exp(log_ref) / math.exp(log_pi)
-            expected = {"k1": -math.log(x), "k2": math.log(x) ** 2 / 2, "k3": x - math.log(x) - 1}[kind]
-            assert value == pytest.approx(expected, abs=1e-12)
+    x = ref_logps.exp() / logps.exp()
+    for kind, formula in KL_FORMULAS.items():
+        value = kl_penalty(logps, ref_logps, kind)
+        torch.testing.assert_close(value, formula(x), rtol=0, atol=1e-12)
 
 
-def test_k1_and_k3_are_unbiased_estimates_of_the_kl_k2_is_not_and_k3_is_never_negative():
+def test_k1_and_k3_are_unbiased_and_k3_is_never_negative():
+    """As estimates of the KL; k2 is biased, and k1 can be negative."""
     policy = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     reference = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     exact = (policy * (policy / reference).log()).sum()
@@ -444,7 +468,8 @@ def test_k1_and_k3_are_unbiased_estimates_of_the_kl_k2_is_not_and_k3_is_never_ne
 
 
 def test_the_clamp_is_on_one_side_only():
-    """A token that the reference finds e^-50 times as likely is far from overflow: its value and gradient stay."""
+    """A token that the reference finds e^-50 times as likely is far from overflow: its value and
+    gradient stay."""
     logps = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
     value = kl_penalty(logps, logps.detach() - 50)
     assert value.item() == pytest.approx(49)
@@ -452,7 +477,8 @@ def test_the_clamp_is_on_one_side_only():
 
 
 @pytest.mark.parametrize("kl", ["k3", "k3_ratio"])
-def test_a_token_that_the_policy_all_but_lost_gives_a_finite_kl_and_never_pushes_it_further_down(kl):
+def test_a_token_that_the_policy_all_but_lost_has_a_finite_kl(kl):
+    """And the KL never pushes such a token further down."""
     logps = torch.tensor([[0.0, -200.0, -1.0]], requires_grad=True)
     ref_logps = torch.tensor([[0.0, -1.0, -2.0]])
     mask = torch.tensor([[False, True, True]])
@@ -463,11 +489,12 @@ def test_a_token_that_the_policy_all_but_lost_gives_a_finite_kl_and_never_pushes
     assert metrics["k3_ref"].item() == pytest.approx(lost + kept, rel=1e-6)
     gradient = gradient_of(loss, logps)[0]
     assert gradient.isfinite().all()
-    # Both are means over two tokens. k3 stands still; k3_ratio's gradient, that of the reverse KL, needs no clamp.
+    # Each is a mean over two tokens. k3 is constant; k3_ratio has the reverse KL's gradient,
+    # unclamped.
     assert gradient[1].item() == pytest.approx(-199 / 2 if kl == "k3_ratio" else 0, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ advantages
+# -------------------------------------------------------------------------------------- advantages
 
 
 @pytest.mark.parametrize("scale", ["std", "none", "batch", "leave_one_out"])
@@ -496,15 +523,17 @@ def test_advantages_equal_the_formulas_written_as_loops(scale):
 
 
 @pytest.mark.parametrize("scale", ["std", "none", "batch", "leave_one_out"])
-def test_a_group_of_equal_rewards_gets_exactly_zero_even_where_its_mean_is_rounded(scale):
+def test_a_group_of_equal_rewards_gets_exactly_zero(scale):
+    """Exactly, even where their mean is rounded."""
     rewards = torch.full((7,), 0.1)
-    assert (rewards - rewards.mean() != 0).any(), "this value should be one whose mean is off by a rounding"
+    assert (rewards - rewards.mean() != 0).any(), "the mean of these rewards should be off"
     assert (group_advantages(rewards, 7, scale) == 0).all()
     assert (group_advantages(torch.cat((rewards, torch.arange(7.0))), 7, scale)[:7] == 0).all()
 
 
 def test_a_group_of_nearly_equal_rewards_is_a_group_with_signal():
-    """Told by equality: a small difference is small because eps is added to the deviation, not because it is cut."""
+    """Rewards are compared, not their deviation with a threshold: `eps` alone makes a small
+    difference small."""
     advantages = group_advantages(torch.tensor([1.0, 1.0, 1.0, 1.0 + 1e-5], dtype=torch.float64), 4)
     assert advantages[3].item() == pytest.approx(0.75e-5 / (0.5e-5 + 1e-4), rel=1e-6)
     assert (group_advantages(torch.tensor([1.0, 1.0 + 1e-9], dtype=torch.float64), 2) != 0).all()
@@ -514,18 +543,20 @@ def test_a_group_of_nearly_equal_rewards_is_a_group_with_signal():
 def test_rewards_of_one_prompt_do_not_reach_another(scale):
     rewards = torch.tensor([1.0, 0.0, 5.0, 9.0])
     changed = torch.tensor([1.0, 0.0, -3.0, 9.0])
-    assert torch.equal(group_advantages(rewards, 2, scale)[:2], group_advantages(changed, 2, scale)[:2])
+    one, two = (group_advantages(x, 2, scale) for x in (rewards, changed))
+    assert torch.equal(one[:2], two[:2]) and not torch.equal(one, two)
 
 
-def test_permuting_prompts_or_the_outputs_of_one_permutes_the_advantages():
+def test_permuting_prompts_or_outputs_permutes_the_advantages():
     rewards = torch.tensor([0.0, 1, 2, 0, 1, 1, 3, 0, 0], dtype=torch.float64)
     for scale in ("std", "none", "batch", "leave_one_out"):
         advantages = group_advantages(rewards, 3, scale)
         for order in ([6, 7, 8, 0, 1, 2, 3, 4, 5], [2, 0, 1, 5, 4, 3, 6, 8, 7]):
-            torch.testing.assert_close(group_advantages(rewards[order], 3, scale), advantages[order], **CLOSE)
+            permuted = group_advantages(rewards[order], 3, scale)
+            torch.testing.assert_close(permuted, advantages[order], **CLOSE)
 
 
-# ------------------------------------------------------------------------------------------------ log-probabilities
+# ------------------------------------------------------------------------------- log-probabilities
 
 
 def test_token_logps_speak_of_the_token_in_their_own_column():
@@ -538,17 +569,20 @@ def test_token_logps_speak_of_the_token_in_their_own_column():
     for i in range(2):
         for t in range(1, 5):
             scores = [math.exp(value / 0.7) for value in logits[i, t - 1].tolist()]
-            assert logps[i, t].item() == pytest.approx(math.log(scores[tokens[i, t]] / sum(scores)), abs=1e-12)
+            expected = math.log(scores[tokens[i, t]] / sum(scores))
+            assert logps[i, t].item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_half_precision_logits_are_made_float32_before_anything_is_computed_from_them():
+def test_half_precision_logits_are_made_float32_first():
+    """Before anything is computed from them."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, 50, (2, 6), generator=generator)
     for dtype in (torch.bfloat16, torch.float16):
         logits = (4 * torch.randn(2, 6, 50, generator=generator)).to(dtype)
         for function in (lambda x: token_logps(x, tokens, 0.7), lambda x: token_entropy(x, 0.7)):
             assert function(logits).dtype == torch.float32
-            torch.testing.assert_close(function(logits).double(), function(logits.double()), rtol=0, atol=1e-5)
+            exact = function(logits.double())
+            torch.testing.assert_close(function(logits).double(), exact, rtol=0, atol=1e-5)
 
 
 def test_unlikely_tokens_keep_their_log_probability():
@@ -556,18 +590,20 @@ def test_unlikely_tokens_keep_their_log_probability():
     assert token_logps(logits, torch.tensor([[0, 1]]))[0, 1].item() == -300
 
 
-def test_entropy_of_a_uniform_policy_is_log_v_and_temperature_counts():
-    assert token_entropy(torch.zeros(1, 3, 5))[0].tolist() == pytest.approx([0, math.log(5), math.log(5)])
+def test_entropy_of_a_uniform_policy_is_log_v():
+    """And the temperature counts."""
+    entropy = token_entropy(torch.zeros(1, 3, 5))[0].tolist()
+    assert entropy == pytest.approx([0, math.log(5), math.log(5)])
     logits = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
     p = 1 / (1 + math.exp(-1.0))
     expected = -p * math.log(p) - (1 - p) * math.log(1 - p)
     assert token_entropy(logits, temperature=2.0)[0, 1].item() == pytest.approx(expected)
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------- bad input
 
 
-def test_bad_input_to_the_loss_is_refused_with_the_shapes_or_values_seen():
+def test_bad_input_to_the_loss_is_refused_with_what_was_seen():
     logps, old_logps, ref_logps, advantages, mask = random_batch()
 
     def refused(message, *, advantages=advantages, mask=mask, **options):
@@ -582,7 +618,7 @@ def test_bad_input_to_the_loss_is_refused_with_the_shapes_or_values_seen():
     refused(r"old_logps \(6, 1\)", old_logps=old_logps[:, :1])
     refused(r"ref_logps \(6, 1\)", ref_logps=ref_logps[:, :1])
     refused('variant "ppo" is not among .*grpo, ', variant="ppo")
-    refused('kl "k4" is not among k1, k2, k3, k3_ratio', kl="k4")
+    refused(f'kl "k9" is not among {", ".join(KL_TERMS)}', kl="k9")
     refused("beta 0.1 needs ref_logps", beta=0.1)
     refused("beta .* not -1", beta=-1, ref_logps=ref_logps)
     refused("beta .* not nan", beta=math.nan, ref_logps=ref_logps)
@@ -607,22 +643,23 @@ def test_bad_input_to_the_loss_is_refused_with_the_shapes_or_values_seen():
 @pytest.mark.parametrize(
     "choices",
     [
-        {"surrogate": lambda ratio, logps, advantages, clip_low, clip_high: (ratio * advantages).mean()},
-        {"surrogate": lambda ratio, logps, advantages, clip_low, clip_high: (ratio * advantages).sum(1, keepdim=True)},
+        {"surrogate": lambda ratio, logps, advantages, *bounds: ratio.mean()},
+        {"surrogate": lambda ratio, logps, advantages, *bounds: ratio.sum(1, keepdim=True)},
         {"per_output": lambda objective, mask: objective.sum()},
         {"clip_low": None},
         {"clip_high": None},
     ],
 )
-def test_a_row_of_ones_own_that_does_not_fit_is_refused_by_name(choices, monkeypatch):
+def test_a_new_row_that_does_not_fit_is_refused_by_name(choices, monkeypatch):
     monkeypatch.setitem(VARIANTS, "mine", Variant("a test", **choices))
     logps, old_logps, _, advantages, mask = random_batch()
     with pytest.raises(ValueError, match='variant "mine"'):
         policy_loss(logps, advantages, mask, old_logps=old_logps, variant="mine")
 
 
-def test_bad_input_to_the_other_functions_is_refused_with_the_shapes_or_values_seen():
-    rewards, logits, tokens = torch.zeros(4), torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+def test_bad_input_to_other_functions_is_refused():
+    rewards, infinite = torch.zeros(4), torch.tensor([0.0, math.nan, 1.0, math.inf])
+    logits, tokens = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
     mask = torch.ones(2, 3).bool()
     for message, function, *arguments in (
         (r"\(7,\).*groups of 2", group_advantages, torch.zeros(7), 2),
@@ -630,7 +667,7 @@ def test_bad_input_to_the_other_functions_is_refused_with_the_shapes_or_values_s
         (r"\(2, 2\).*groups of 2", group_advantages, torch.zeros(2, 2), 2),
         ("floating-point numbers, not torch.int64", group_advantages, rewards.long(), 2),
         ("at least 2 outputs, not 1", group_advantages, rewards, 1),
-        ("2 of 4 are not, the first is nan", group_advantages, torch.tensor([0.0, math.nan, 1.0, math.inf]), 2),
+        ("2 of 4 are not, the first is nan", group_advantages, infinite, 2),
         ('scale "median" is not among std, none', group_advantages, rewards, 2, "median"),
         (r"\(2, 3, 5\).*\(2, 2\)", token_logps, logits, tokens[:, 1:]),
         (r"\(3, 5\).*\(3,\)", token_logps, logits[0], tokens[0]),
@@ -651,8 +688,8 @@ def test_bad_input_to_the_other_functions_is_refused_with_the_shapes_or_values_s
             function(*arguments)
 
 
-def test_the_loss_reads_nothing_back_from_the_device_when_its_normalizer_is_given():
-    """On "meta" tensors, which have no values to read, only what waits for no value can run."""
+def test_the_loss_with_a_normalizer_reads_nothing_back():
+    """It runs on "meta" tensors, which have no values: whatever reads one back would raise."""
     logps, old_logps, ref_logps, advantages, mask = (x.detach().to("meta") for x in random_batch())
     logps.requires_grad_()
     for variant in VARIANTS:

@@ -1,6 +1,7 @@
-"""Bugs that trainers of this kind have had, each as a sentence: the wrong formula beside ours, told apart by a number.
+"""Bugs that trainers of this kind have had, each as a sentence: the wrong formula beside ours, told
+apart by a number.
 
-All of them train, and most of them learn something, which is why they were found late or not at all.
+All of them train, and most learn something: so they were found late or not at all.
 """
 
 import math
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 import train
-from data.arithmetic import make_problem
-from experiments.bias import kl_gradient, kl_term_gradient, random_logits
+from data.arithmetic import Task
+from data.problem import sample_problems, stream
+from experiments.lessons.bias import kl_gradient, kl_term_gradient, random_logits
 from grpo import (
     VARIANTS,
     clipped_surrogate,
@@ -23,14 +25,15 @@ from grpo import (
     token_logps,
 )
 from sample import decode_completions, generate
+from tests import small
 from tests.small import SMALL, run_grpo, small_model, tokenizer
-from train import Config, stream
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 
 
 def ragged(lengths=(5, 2, 7, 1), seed=0):
-    """Two policies' log-probabilities, advantages and a mask, for outputs of these lengths after a prompt of 2."""
+    """Two policies' log-probabilities, advantages and a mask, for outputs of these lengths after a
+    prompt of 2."""
     generator = torch.Generator().manual_seed(seed)
     B, T = len(lengths), 2 + max(lengths)
     logps = -2 * torch.rand(B, T, generator=generator, dtype=torch.float64)
@@ -41,13 +44,17 @@ def ragged(lengths=(5, 2, 7, 1), seed=0):
     return logps.requires_grad_(), old_logps, advantages, mask
 
 
+def some_problems(count):
+    return sample_problems(stream(0, "any"), Task(), [2], count)
+
+
 def rollout_of(model, temperature=1.0, group_size=4, count=2):
-    prompts = [tokenizer.encode(make_problem(stream(0, "any", i), 2).prompt) for i in range(count)]
+    prompts = [tokenizer.encode(problem.prompt) for problem in some_problems(count)]
     settings = {"max_new_tokens": 12, "temperature": temperature, "eos_id": tokenizer.eos_id}
     return generate(model, prompts, group_size=group_size, **settings)
 
 
-# ---------------------------------------------------------------------------------------------------- the surrogate
+# ------------------------------------------------------------------------------------ the surrogate
 
 
 def test_the_clip_is_a_minimum_for_negative_advantages_too():
@@ -58,7 +65,10 @@ def test_the_clip_is_a_minimum_for_negative_advantages_too():
         return choose(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
 
     slopes = {}
-    for name, objective in (("wrong", wrong), ("ours", lambda r, a: clipped_surrogate(r, r.log(), a, 0.2, 0.2))):
+    for name, objective in (
+        ("wrong", wrong),
+        ("ours", lambda r, a: clipped_surrogate(r, r.log(), a, 0.2, 0.2)),
+    ):
         for value in (0.5, 1.5):
             ratio = torch.tensor(value, requires_grad=True)
             objective(ratio, torch.tensor(-1.0)).backward()
@@ -68,7 +78,8 @@ def test_the_clip_is_a_minimum_for_negative_advantages_too():
 
 
 def test_a_sequence_ratio_is_a_mean_of_log_ratios_and_not_their_sum():
-    """Wrong: exp of the sum, clipped at the bounds of a token: long outputs are then always clipped."""
+    """Wrong: exp of the sum, clipped at the bounds of a token: long outputs are then always
+    clipped."""
     log_ratio = torch.full((1, 101), 0.003, dtype=torch.float64)
     mask = torch.ones(1, 101).bool()
     mask[0, 0] = False
@@ -79,11 +90,12 @@ def test_a_sequence_ratio_is_a_mean_of_log_ratios_and_not_their_sum():
     assert (metrics["ratio"] / metrics["tokens"]).item() == pytest.approx(math.exp(0.003))
 
 
-# -------------------------------------------------------------------------------------------------------- the KL
+# ------------------------------------------------------------------------------------------- the KL
 
 
 def test_k1_in_the_loss_pulls_nowhere():
-    """Wrong: beta * (logp - ref_logp) as a penalty. Its expected gradient is 0, so it only adds noise."""
+    """Wrong: beta * (logp - ref_logp) as a penalty. Its expected gradient is 0, so it only adds
+    noise."""
     logits, reference = random_logits(0), random_logits(1)
     assert kl_term_gradient(logits, reference, logits, "k1").abs().max() < 1e-12
     assert kl_gradient(logits, reference, logits, reverse=True).norm() > 0.1
@@ -91,7 +103,8 @@ def test_k1_in_the_loss_pulls_nowhere():
 
 
 def test_the_kl_ratio_is_the_reference_over_the_policy():
-    """Wrong: k3 of logp - ref_logp. On the policy's samples this is no estimate of KL(pi || ref), nor is -k1 of it."""
+    """Wrong: k3 of logp - ref_logp. On the policy's samples this is no estimate of KL(pi || ref),
+    nor is -k1 of it."""
     policy = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     reference = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     exact = (policy * (policy / reference).log()).sum()
@@ -99,7 +112,9 @@ def test_the_kl_ratio_is_the_reference_over_the_policy():
     flipped = (policy * kl_penalty(reference.log(), policy.log(), "k3")).sum()
     torch.testing.assert_close(ours, exact, **CLOSE)
     assert flipped > 1.2 * exact
-    assert (policy * kl_penalty(reference.log(), policy.log(), "k1")).sum() < 0, "this one would reward drift"
+    assert (policy * kl_penalty(reference.log(), policy.log(), "k1")).sum() < 0, (
+        "this one would reward drift"
+    )
 
 
 def test_the_log_ratio_is_clamped_before_the_exponential():
@@ -111,13 +126,15 @@ def test_the_log_ratio_is_clamped_before_the_exponential():
     assert torch.autograd.grad(ours.sum(), logps)[0].isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------- the aggregation
+# ---------------------------------------------------------------------------------- the aggregation
 
 
 def token_weights(variant, lengths=(2, 8)):
     """What the log-probability of a token weighs in an output of each length, advantages equal."""
     logps, _, _, mask = ragged(lengths)
-    loss, _ = policy_loss(logps, torch.ones(len(lengths)).double(), mask, variant=variant, max_tokens=10)
+    loss, _ = policy_loss(
+        logps, torch.ones(len(lengths)).double(), mask, variant=variant, max_tokens=10
+    )
     (gradient,) = torch.autograd.grad(loss, logps)
     return [-row[chosen][0].item() for row, chosen in zip(gradient, mask)]
 
@@ -133,7 +150,8 @@ def test_dr_grpo_has_no_length_bias_left():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_token_weighs_the_same_whatever_micro_batch_it_came_in(variant):
-    """Wrong: to divide each micro-batch by its own number of tokens and call it DAPO's normaliser."""
+    """Wrong: to divide each micro-batch by its own number of tokens and call it DAPO's
+    normaliser."""
     logps, old_logps, advantages, mask = ragged()
     old_logps = None if VARIANTS[variant].ratio is None else old_logps
 
@@ -143,7 +161,12 @@ def test_a_token_weighs_the_same_whatever_micro_batch_it_came_in(variant):
             old = None if old_logps is None else old_logps[rows]
             normalizer = count(mask[rows])
             options = {"variant": variant, "max_tokens": 10, "normalizer": normalizer}
-            total = total + policy_loss(logps[rows], advantages[rows], mask[rows], old_logps=old, **options)[0]
+            total = (
+                total
+                + policy_loss(logps[rows], advantages[rows], mask[rows], old_logps=old, **options)[
+                    0
+                ]
+            )
         return torch.autograd.grad(total, logps)[0]
 
     step = loss_normalizer(mask, variant, 10)
@@ -155,7 +178,8 @@ def test_a_token_weighs_the_same_whatever_micro_batch_it_came_in(variant):
 
 
 def test_padding_is_not_counted_among_the_tokens():
-    """Wrong: a divisor that is counted over the padded width, so that one long output shrinks a whole step."""
+    """Wrong: a divisor that is counted over the padded width, so that one long output shrinks a
+    whole step."""
     logps, old_logps, advantages, mask = ragged()
     wider = [torch.nn.functional.pad(x, (0, 10)) for x in (logps, old_logps, mask)]
     for variant in ("grpo", "dapo", "dr_grpo"):
@@ -167,7 +191,8 @@ def test_padding_is_not_counted_among_the_tokens():
 
 
 def test_the_loss_does_not_write_into_its_inputs():
-    """Wrong: labels[~mask] = 0 through a view of the batch, so that what is counted later is another mask."""
+    """Wrong: labels[~mask] = 0 through a view of the batch, so that what is counted later is
+    another mask."""
     batch = ragged()
     before = [x.clone() for x in batch]
     logps, old_logps, advantages, mask = batch
@@ -175,11 +200,12 @@ def test_the_loss_does_not_write_into_its_inputs():
     assert all(torch.equal(x, y) for x, y in zip(batch, before))
 
 
-# --------------------------------------------------------------------------- between the sampler and the loss
+# ----------------------------------------------------------------- between the sampler and the loss
 
 
 def test_the_temperature_is_in_the_log_probabilities():
-    """Wrong: to sample at 0.7 and to train at 1: the policy that is updated is not the one that sampled."""
+    """Wrong: to sample at 0.7 and to train at 1: the policy that is updated is not the one that
+    sampled."""
     model = small_model()
     rollout = rollout_of(model, temperature=0.7)
     with torch.no_grad():
@@ -189,10 +215,13 @@ def test_the_temperature_is_in_the_log_probabilities():
 
 
 def test_nothing_is_cut_off_the_distribution_that_is_sampled():
-    """Wrong: to sample from the k likeliest tokens and to score with all of them: the ratio is then the kept mass."""
+    """Wrong: to sample from the k likeliest tokens and to score with all of them: the ratio is then
+    the kept mass."""
     model = small_model()
     rollout = rollout_of(model, group_size=200, count=1)
-    assert rollout.tokens[rollout.mask].unique().numel() > 300, "a nearly uniform model says nearly anything"
+    assert rollout.tokens[rollout.mask].unique().numel() > 300, (
+        "a nearly uniform model says nearly anything"
+    )
     with torch.no_grad():
         logits = model(rollout.tokens)
     kept = logits.topk(50).values.logsumexp(-1)[:, :-1]
@@ -202,7 +231,8 @@ def test_nothing_is_cut_off_the_distribution_that_is_sampled():
 
 
 def test_the_end_token_is_trained_and_padding_is_not_though_both_may_be_one_token():
-    """Wrong: mask = tokens != pad where pad is the end token, or to leave the end out: stopping is never learned."""
+    """Wrong: mask = tokens != pad where pad is the end token, or to leave the end out: stopping is
+    never learned."""
     model = small_model()
     rollout = rollout_of(model, group_size=400)
     ended = rollout.finished.nonzero().flatten()
@@ -218,30 +248,38 @@ def test_the_end_token_is_trained_and_padding_is_not_though_both_may_be_one_toke
 
 
 def test_the_tokens_that_are_trained_are_those_that_were_sampled():
-    """Wrong: to decode, clean and encode again: a text has several spellings in tokens, and the model chose one."""
+    """Wrong: to decode, clean and encode again: a text has several spellings in tokens, and the
+    model chose one."""
     rollout = rollout_of(small_model(), group_size=32)
     texts = decode_completions(rollout, tokenizer)
     sampled = [row[chosen].tolist() for row, chosen in zip(rollout.tokens, rollout.mask)]
     again = [tokenizer.encode(text, tags=True) for text in texts]
-    assert any(one != [*other, tokenizer.eos_id] and one != other for one, other in zip(sampled, again))
+    assert any(
+        one != [*other, tokenizer.eos_id] and one != other for one, other in zip(sampled, again)
+    )
 
 
-# ---------------------------------------------------------------------------------------------- groups and rewards
+# ------------------------------------------------------------------------------- groups and rewards
+
+
+def accuracy_of(problems, texts):
+    rollout = small.rollout_of(problems, texts)
+    return train.rules({"accuracy": 1.0})(problems, rollout, 0)["accuracy"]
 
 
 def test_a_completion_is_scored_against_its_own_prompt():
     """Wrong: prompts repeated as AABB and completions sampled as ABAB."""
-    problems = [make_problem(stream(0, "any", i), 2) for i in range(4)]
+    problems = some_problems(4)
     right = [f"<think> x</think><answer> {problem.answer}</answer>" for problem in problems]
     assert len({problem.answer for problem in problems}) > 1
     adjacent = [text for text in right for _ in range(2)]
-    assert train.score(Config(), problems, adjacent)["accuracy"].tolist() == [1] * 8
-    assert train.score(Config(), problems, right * 2)["accuracy"].sum() < 8
+    assert accuracy_of(problems, adjacent).tolist() == [1] * 8
+    assert accuracy_of(problems, right * 2).sum() < 8
     order = [2, 0, 3, 1]
-    shuffled = train.score(Config(), [problems[i] for i in order], adjacent)["accuracy"]
+    asked = [problems[i] for i in order]
+    assert accuracy_of(asked, adjacent).sum() < 8
     moved = [text for i in order for text in adjacent[2 * i : 2 * i + 2]]
-    assert shuffled.sum() < 8
-    assert train.score(Config(), [problems[i] for i in order], moved)["accuracy"].tolist() == [1] * 8
+    assert accuracy_of(asked, moved).tolist() == [1] * 8
 
 
 def test_prompts_that_are_equal_are_still_groups_of_their_own():
@@ -254,9 +292,11 @@ def test_prompts_that_are_equal_are_still_groups_of_their_own():
 
 def test_the_reward_is_the_weighted_sum_of_its_parts_each_counted_once():
     """Wrong: reward += inside the loop over rules, and then a sum over rules."""
-    problems = [make_problem(stream(0, "any", 0), 2)]
+    problems = some_problems(1)
     texts = [f"<think> x</think><answer> {problems[0].answer}</answer>", "nothing"]
-    rewards = train.score(Config(accuracy_weight=2.0, format_weight=0.5), problems, texts)
+    rollout = small.rollout_of(problems, texts)
+    rewards = train.rules({"accuracy": 2.0, "format": 0.5})(problems, rollout, 0)
+    assert rewards["reward"].tolist() == [2.5, 0.0]
     torch.testing.assert_close(rewards["reward"], 2 * rewards["accuracy"] + 0.5 * rewards["format"])
 
 
@@ -270,7 +310,7 @@ def test_advantages_that_do_not_line_up_with_the_tokens_are_refused():
         policy_loss(logps, advantages, mask[:, 1:], old_logps=old_logps)
 
 
-# ------------------------------------------------------------------------------------------------------ the metrics
+# -------------------------------------------------------------------------------------- the metrics
 
 
 def test_metrics_leave_padding_out():
@@ -285,10 +325,14 @@ def test_metrics_leave_padding_out():
 
 def test_the_kl_that_is_logged_has_the_right_sign():
     """Wrong: the mean of ref_logp - logp, which is minus the KL."""
-    policy, reference = (torch.tensor(p, dtype=torch.float64).log() for p in ([0.9, 0.1], [0.5, 0.5]))
+    policy, reference = (
+        torch.tensor(p, dtype=torch.float64).log() for p in ([0.9, 0.1], [0.5, 0.5])
+    )
     rows = torch.tensor([0] * 9 + [1])  # as often as the policy samples them
     mask = torch.ones(10, 1).bool()
-    _, metrics = policy_loss(policy[rows, None], torch.zeros(10), mask, ref_logps=reference[rows, None])
+    _, metrics = policy_loss(
+        policy[rows, None], torch.zeros(10), mask, ref_logps=reference[rows, None]
+    )
     exact = (policy.exp() * (policy - reference)).sum().item()
     assert exact > 0.3
     assert metrics["k1_ref"].item() / 10 == pytest.approx(exact)
@@ -296,13 +340,18 @@ def test_the_kl_that_is_logged_has_the_right_sign():
 
 
 def test_entropy_is_that_of_the_distribution_and_not_of_the_tokens_drawn_from_it():
-    """Wrong: minus the mean log-probability of the sampled tokens, divided by their number a second time."""
-    assert token_entropy(torch.zeros(1, 3, 5))[0].tolist() == pytest.approx([0, math.log(5), math.log(5)])
+    """Wrong: minus the mean log-probability of the sampled tokens, divided by their number a second
+    time."""
+    assert token_entropy(torch.zeros(1, 3, 5))[0].tolist() == pytest.approx(
+        [0, math.log(5), math.log(5)]
+    )
     logits, tokens = torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]), torch.tensor([[0, 1]])
     likely = 1 / (1 + math.exp(-5))
     entropy = -likely * math.log(likely) - (1 - likely) * math.log(1 - likely)
     assert token_entropy(logits)[0, 1].item() == pytest.approx(entropy, rel=1e-5)
-    assert -token_logps(logits, tokens)[0, 1].item() > 100 * entropy / 2, "an unlikely token was drawn"
+    assert -token_logps(logits, tokens)[0, 1].item() > 100 * entropy / 2, (
+        "an unlikely token was drawn"
+    )
 
 
 def test_the_loss_that_is_logged_is_that_of_the_whole_step():
@@ -310,7 +359,9 @@ def test_the_loss_that_is_logged_is_that_of_the_whole_step():
     logps, old_logps, advantages, mask = ragged()
     whole, _ = policy_loss(logps, advantages, mask, old_logps=old_logps)
     parts = [
-        policy_loss(logps[rows], advantages[rows], mask[rows], old_logps=old_logps[rows], normalizer=4)[0]
+        policy_loss(
+            logps[rows], advantages[rows], mask[rows], old_logps=old_logps[rows], normalizer=4
+        )[0]
         for rows in ([0, 1], [2], [3])
     ]
     torch.testing.assert_close(sum(parts), whole, **CLOSE)
@@ -327,14 +378,18 @@ def test_the_learning_rate_that_is_logged_is_the_optimizers(monkeypatch):
         return honest(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    _, records = run_grpo(replace(SMALL, prompts=2, group_size=2, max_new_tokens=4, steps=3, minibatches=1, lr=0.123))
+    _, records = run_grpo(
+        replace(SMALL, prompts=2, group_size=2, max_new_tokens=4, steps=3, minibatches=1, lr=0.123)
+    )
     assert used == [{record["lr"]} for record in records]
     assert records[0]["lr"] == pytest.approx(0.123 / 5), "the first of five steps of warm-up"
 
 
 def test_what_a_step_sees_does_not_depend_on_the_steps_before_it():
-    """Wrong: to find the place after a restart by drawing again from a generator, once too few: a batch comes twice."""
-    fresh = train.sample_problems(Config(), "problems", 7, 8, held_out=False)
+    """Wrong: to find the place after a restart by drawing again from a generator, once too few: a
+    batch comes twice."""
+    model = small_model()
+    fresh = train.sample(SMALL, model, 7)[0]
     for step in range(7):
-        assert train.sample_problems(Config(), "problems", step, 8, held_out=False) != fresh
-    assert train.sample_problems(Config(), "problems", 7, 8, held_out=False) == fresh
+        assert train.sample(SMALL, model, step)[0] != fresh
+    assert train.sample(SMALL, model, 7)[0] == fresh

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import accuracy_reward, extract_answer, format_reward, language_consistency_reward
+from data.problem import Problem
+from rewards import (
+    RULES,
+    accuracy_reward,
+    extract_answer,
+    format_reward,
+    language_consistency_reward,
+    rule_weights,
+)
 
 GOOD = "<think> 7 plus 8 is 15</think><answer> 15</answer>"
 
@@ -71,8 +79,9 @@ def test_negative_answers_count():
 
 
 def parse_by_hand(completion):
-    """A second parser that shares no idea with rewards.py: it walks the text a character at a time and keeps a list
-    of (tag, text after it). Returns (number in the answer or None, whether the format is right)."""
+    """A second parser that shares no idea with rewards.py. It walks the text a character at a time
+    and keeps a list of (tag, text after it). Returns (number in the answer or None, whether the
+    format is right)."""
     tags = ["<think>", "</think>", "<answer>", "</answer>"]
     parts, i = [["", ""]], 0
     while i < len(completion):
@@ -95,12 +104,8 @@ def parse_by_hand(completion):
     return number, whole and blank == [True, False, True, False, True]
 
 
-PIECES = st.one_of(
-    st.sampled_from(
-        ["<think>", "</think>", "<answer>", "</answer>", "15", " 15", "-", " ", "\n", "<", ">", "/", "think"]
-    ),
-    st.text(max_size=3),
-)
+SNIPPETS = [*rewards.TAGS, "15", " 15", "-", " ", "\n", "<", ">", "/", "think"]
+PIECES = st.one_of(st.sampled_from(SNIPPETS), st.text(max_size=3))
 NEARLY_RIGHT = st.tuples(*(st.lists(PIECES, max_size=2).map("".join) for _ in range(5))).map(
     lambda t: f"{t[0]}<think>{t[1]}</think>{t[2]}<answer>{t[3]}</answer>{t[4]}"
 )
@@ -108,7 +113,8 @@ NEARLY_RIGHT = st.tuples(*(st.lists(PIECES, max_size=2).map("".join) for _ in ra
 
 @settings(max_examples=1000, deadline=None)
 @given(
-    st.one_of(st.lists(PIECES, max_size=12).map("".join), NEARLY_RIGHT, st.text()), st.sampled_from(["15", "-15", ""])
+    st.one_of(st.lists(PIECES, max_size=12).map("".join), NEARLY_RIGHT, st.text()),
+    st.sampled_from(["15", "-15", ""]),
 )
 def test_both_rules_agree_with_a_second_parser_and_never_raise(completion, answer):
     number, form = parse_by_hand(completion)
@@ -118,10 +124,12 @@ def test_both_rules_agree_with_a_second_parser_and_never_raise(completion, answe
 
 
 @pytest.mark.parametrize(
-    "piece", ["<think>", "</answer>", "<", "<answer>1", " ", "9", "<think></think>", "\n", "<think", "a"]
+    "piece",
+    ["<think>", "</answer>", "<", "<answer>1", " ", "9", "<think></think>", "\n", "<think", "a"],
 )
 def test_time_is_linear_in_the_length(piece):
-    """Two million characters of the worst that comes to mind: a rule that looks twice would take hours."""
+    """Two million characters that are as bad as can be: a rule that looks twice would take
+    hours."""
     text = piece * (2_000_000 // len(piece))
     started = time.perf_counter()
     for completion in (text, f"<think>{text}</think><answer>{text}</answer>"):
@@ -151,8 +159,48 @@ def test_language_consistency_is_the_share_of_the_thoughts_words(thought, englis
 
 
 def test_language_consistency_looks_at_the_thought_alone():
-    assert language_consistency_reward("<think> a b c d</think> 가 나 다<answer> 라 마</answer>", "en") == 1
-    assert language_consistency_reward(" plus is plus is<answer> 15</answer>", "en") == 0, "no thought"
-    assert language_consistency_reward("</think> a b c d<think>", "en") == 0, "none that opens first"
+    for completion, share in (
+        ("<think> a b c d</think> 가 나 다<answer> 라 마</answer>", 1),
+        (" plus is plus is<answer> 15</answer>", 0),  # no thought
+        ("</think> a b c d<think>", 0),  # no thought that opens first
+    ):
+        assert language_consistency_reward(completion, "en") == share
     with pytest.raises(KeyError):
         language_consistency_reward("<think> a b</think>", "fr")
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("accuracy=1,format=1", {"accuracy": 1, "format": 1}),
+        ("format=0.5", {"format": 0.5}),
+        ("language=1e-3,accuracy=2", {"language": 0.001, "accuracy": 2}),
+        ("accuracy=1,language=0", {"accuracy": 1, "language": 0}),  # logged, and pays nothing
+    ],
+)
+def test_rules_and_their_weights_are_read_in_their_order(text, weights):
+    assert list(rule_weights(text).items()) == list(weights.items())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "accuracy", "accuracy=", "accuracy=1,", "accuracy=1;format=1", "accuracy=1format=1",
+     "accuracy=one", "accuracy=1=2", "accuracy=-1,format=2", "accuracy=nan", "accuracy=inf",
+     "accuracy=1e31", "accuracy=0", "accuracy=0,format=0", "accuracy=1,accuracy=2", "=1",
+     "accuracy=1,beauty=1", "1=accuracy"],
+)  # fmt: skip
+def test_other_text_than_rules_and_weights_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match="accuracy, format, language, not all 0") as error:
+        rule_weights(text)
+    assert str(error.value).startswith(f"--rewards {text} must be rules with weights")
+    assert "\n" not in str(error.value)
+
+
+def test_a_rule_reads_a_completion_and_its_problem():
+    """Each by its name, with the problem's answer and the problem's language."""
+    korean = Problem("", "15", "ko", 1, "7 + 8")
+    thought = "<think>\n#1 7 더하기 8 은 15\n#2 15 plus 0 은 15</think>"
+    found = {name: rule(thought + "<answer> 15</answer>", korean) for name, rule in RULES.items()}
+    assert found | {"accuracy": 1, "format": 1, "language": 0.75} == found
+    found = {name: rule(thought + "<answer> 14", korean) for name, rule in RULES.items()}
+    assert found | {"accuracy": 0, "format": 0, "language": 0.75} == found

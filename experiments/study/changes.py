@@ -1,8 +1,9 @@
-"""Collect the runs behind the README's "Change it" and the notes' table of losses: their ends, and means of their logs.
+"""Collect the runs behind the README's "Change it" and the notes' table of losses: their ends, and
+means of their logs.
 
-    python experiments/changes.py out/changes/*      # folders named as in RUNS, after the runs
+    python -m experiments.study.changes out/changes/*    # folders named as in RUNS, after the runs
 
-What each was run with is in RUNS; the recipes are the README's diffs, applied to a copy.
+RUNS says what each was run with; the recipes are the README's diffs, applied to a copy.
 """
 
 import json
@@ -10,11 +11,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms above it
-
-from experiments.collect import RESULTS, processor
-from experiments.plot import read_log
+from experiments.study.collect import RESULTS, processor
+from experiments.watch.plot import read_log
 
 RUNS = {
     **{name: f"--variant {name}" for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")},
@@ -27,13 +25,13 @@ RUNS = {
     "advantage": "the README's new advantage: --variant harder",
     "clip": "the README's new clipping rule: --variant both_sides",
     "kl": "the README's new KL estimator: --beta 0.05 --kl both",
-    "careful": "the README's new reward: --careful_weight 1",
+    "careful": "the README's new reward: --rewards accuracy=1,format=1,careful=1",
     "task": "the README's new task: --operators +-^, without --init",
 }
 
 
 def means(records: list[dict]) -> dict[str, float]:
-    fields = {field for record in records for field in record} - {"phase", "step"}
+    fields = {field for record in records for field in record} - {"stage", "step"}
     return {
         field: sum(values) / len(values)
         for field in sorted(fields)
@@ -64,13 +62,15 @@ def main(names: list[str]) -> None:
         "hardware": f"{processor()}, two runs at a time",
         "torch": version("torch"),
         "seed": 0,
-        "all steps, first 10, last 10": "means of the log over these steps; after 20: accuracy over steps 19 to 22",
+        "all steps, first 10, last 10": "means of the log over these steps; "
+        "after 20: accuracy over steps 19 to 22",
         "runs": runs,
     }
     (RESULTS / "changes.json").write_text(json.dumps(results, indent=1) + "\n")
     for run in runs:
+        ended = f"{run['after 20']:.3f} {run['pass@1']:.3f} {run['completion_tokens']:.1f}"
         clipped = [run["all steps"].get(name, 0) for name in ("clip_low", "clip_high")]
-        print(f"{run['name']:10} {run['after 20']:.3f} {run['pass@1']:.3f} {run['completion_tokens']:.1f}", *clipped)
+        print(f"{run['name']:10} {ended}", *clipped)
 
 
 if __name__ == "__main__":

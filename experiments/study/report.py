@@ -1,24 +1,20 @@
-"""The README's tables of phenomena, levers and the hacked reward, from the JSON that study.py writes.
+"""The README's tables of phenomena, levers and the hacked reward, from the JSON of study.py.
 
-    python experiments/report.py     # writes them anew from experiments/results
+    python -m experiments.study.report     # writes them anew from experiments/results
 
-A row of the phenomena says what the papers found, what is found here, what to hold against it, and in how many of the
-seeds it is there: that is computed from the runs, by the test beside each row.
+A row of the phenomena says what the papers found, what is found here, what to hold against it, and
+in how many of the seeds it is there: the test beside each row computes that from the runs.
 """
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms above it
-
-from experiments.collect import RESULTS, at, write_into_readme
-from experiments.diagnose import ends
+from experiments.study.collect import RESULTS, at, grid, made_on, write_into_readme
+from experiments.watch.diagnose import ends
 
 BASE, R1 = "base", "r1_zero"
 Seed = dict  # what one seed shows, as study.phenomena_of gives it
@@ -35,10 +31,14 @@ def highest(seed: Seed) -> int:
 
 
 def slope(model: str, kind: str = "all") -> Number:
-    """Tokens that an operation more adds to a completion, or to one of a kind: least squares over trained levels."""
+    """Tokens that an operation more adds to a completion, or to a completion of a kind: least
+    squares over trained levels."""
 
     def number(seed: Seed) -> float | None:
-        points = [(int(level), seed["measured"][model]["lengths"][level][kind]) for level in seed["base"]["by_level"]]
+        points = [
+            (int(level), seed["measured"][model]["lengths"][level][kind])
+            for level in seed["base"]["by_level"]
+        ]
         if any(tokens is None for _, tokens in points):
             return None
         x, y = (sum(values) / len(points) for values in zip(*points))
@@ -57,11 +57,13 @@ def first(name: str, *run: str) -> Number:
 
 
 def crossing(above: int) -> Number:
-    """The least k from which on the base model is ahead by a point or more, so many levels above the trained ones;
-    infinity if it never is."""
+    """The least k from which on the base model is ahead by a point or more, so many levels above
+    the trained ones; infinity if it never is."""
 
     def number(seed: Seed) -> float:
-        base, r1_zero = (seed["measured"][name]["pass@k"][str(highest(seed) + above)] for name in (BASE, R1))
+        base, r1_zero = (
+            seed["measured"][name]["pass@k"][str(highest(seed) + above)] for name in (BASE, R1)
+        )
         behind = [int(k) for k in base if base[k] < r1_zero[k] + 0.01]
         return min((int(k) for k in base if int(k) > max(behind, default=0)), default=math.inf)
 
@@ -98,8 +100,9 @@ def thinks(run: str, model: str, language: str) -> Number:
 
 
 class Spread:
-    """The values of a number over the seeds. Formats as their mean and, where they differ, the range from the lowest to
-    the highest: `%` as per cent, `d` as whole numbers without the mean, anything else as for a float."""
+    """The values of a number over the seeds. Formats as their mean and, where they differ, the
+    range from the lowest to the highest: `%` as per cent, `d` as whole numbers without the mean,
+    anything else as for a float."""
 
     def __init__(self, values: list[float | None]):
         self.values = values
@@ -112,14 +115,16 @@ class Spread:
             ends = sorted({min(self.values), max(self.values)})
             return "-".join("never" if value == math.inf else str(value) for value in ends)
         mean = sum(self.values) / len(self.values)
-        low, high, mean = (format(scale * value, spec) for value in (min(self.values), max(self.values), mean))
+        low, high, mean = (
+            format(scale * value, spec) for value in (min(self.values), max(self.values), mean)
+        )
         return mean + unit + (f" ({low}-{high})" if low != high else "")
 
 
 @dataclass(frozen=True)
 class Row:
-    """`here` and `against` are texts with a place, and its format, for each of `numbers`, in their order; `seen` says
-    whether a seed shows it."""
+    """`here` and `against` are texts with a place, and its format, for each of `numbers`, in their
+    order; `seen` says whether a seed shows it."""
 
     what: str
     papers: str
@@ -143,9 +148,11 @@ def kl_of_a_completion(seed: Seed) -> float:
 
 
 def least_kl(seed: Seed) -> float | None:
-    """The least KL, in nats, to the base model of a policy whose completions are all right, in steps and counted: that
-    of the base model given that it does so, which is -ln of the chance that it does."""
-    chance = math.prod(in_style(name, BASE, "styles", "steps")(seed) or 0 for name in ("share", "right", "counted"))
+    """The least KL to the base model, in nats, of a policy whose completions are all right, in
+    steps and counted: -ln of the base model's chance of such a completion."""
+    chance = math.prod(
+        in_style(name, BASE, "styles", "steps")(seed) or 0 for name in ("share", "right", "counted")
+    )
     return -math.log(chance) if chance else None
 
 
@@ -159,7 +166,8 @@ ROWS = (
         "right answers at temperature 1 (pass@1) rise",
         "15.6 -> 77.9 % (R1-Zero, AIME)",
         "{:%} -> {:%}; greedy {:%} -> {:%}",
-        "the base read leniently, tags or no tags: {:%}; its thought opened for it, up to `#1`: {:%}",
+        "the base read leniently, tags or no tags: {:%}; "
+        "its thought opened for it, up to `#1`: {:%}",
         (
             at(BASE, "pass@1"),
             at(R1, "pass@1"),
@@ -202,7 +210,8 @@ ROWS = (
         "GRPO is worth more than its tokens spent otherwise",
         "GRPO > online RFT > RFT (DeepSeekMath)",
         "{:%}, for {:.2f} million tokens sampled and read",
-        "pretraining, {:.2f} million more: {:%}; rejection sampling, {:.2f}: {:%}; the same online, {:.2f}: {:%}",
+        "pretraining, {:.2f} million more: {:%}; rejection sampling, {:.2f}: {:%}; "
+        "the same online, {:.2f}: {:%}",
         (
             at(R1, "pass@1"),
             millions("GRPO"),
@@ -218,11 +227,15 @@ ROWS = (
     Row(
         "more than half of the gain is a better style",
         "-",
-        "of {:.1f} points: better style {:.1f}, right more often in a style {:.1f}, tags around right answers {:.1f}",
+        "of {:.1f} points: better style {:.1f}, right more often in a style {:.1f}, "
+        "tags around right answers {:.1f}",
         "completions in steps: {:%} -> {:%}; right among these: {:%} -> {:%}",
         (
             lambda seed: 100 * sum(seed["measured"]["gain"].values()),
-            *(lambda seed, part=part: 100 * seed["measured"]["gain"][part] for part in ("share", "right", "counted")),
+            *(
+                lambda seed, part=part: 100 * seed["measured"]["gain"][part]
+                for part in ("share", "right", "counted")
+            ),
             share(BASE, "steps"),
             share(R1, "steps"),
             in_style("right", BASE, "styles", "steps"),
@@ -250,7 +263,8 @@ ROWS = (
         "beyond what was trained on, the base solves more",
         "RL narrows (Yue et al.)",
         "one operation more, k = 16: base {:%} (by chance {:%}), R1-Zero {:%} (by chance {:%})",
-        "right of the base's direct answers: {:%} (by chance {:%}); of its steps: {:%} (by chance {:%})",
+        "right of the base's direct answers: {:%} (by chance {:%}); "
+        "of its steps: {:%} (by chance {:%})",
         (
             beyond(BASE, 1, 16),
             beyond(BASE, 1, 16, CHANCE),
@@ -261,13 +275,17 @@ ROWS = (
             in_style("right", BASE, "styles, one operation more", "steps"),
             in_style("right", BASE, "the same by chance", "steps"),
         ),
-        lambda seed: beyond(BASE, 1, 16)(seed) > max(beyond(R1, 1, 16)(seed), beyond(BASE, 1, 16, CHANCE)(seed)) + 0.02,
+        lambda seed: (
+            beyond(BASE, 1, 16)(seed)
+            > max(beyond(R1, 1, 16)(seed), beyond(BASE, 1, 16, CHANCE)(seed)) + 0.02
+        ),
     ),
     Row(
         "completions grow longer",
         "hundreds -> thousands of tokens",
         "{:.1f} -> {:.1f} tokens",
-        "Dr. GRPO's loss, which favours no length: {:.1f}; wrong answers at the end: {:.1f}, by Dr. GRPO's {:.1f}",
+        "Dr. GRPO's loss, which favours no length: {:.1f}; "
+        "wrong answers at the end: {:.1f}, by Dr. GRPO's {:.1f}",
         (
             at(BASE, "completion_tokens"),
             at(R1, "completion_tokens"),
@@ -275,7 +293,9 @@ ROWS = (
             last("wrong_tokens"),
             last("wrong_tokens", "dr_grpo"),
         ),
-        lambda seed: seed["dr_grpo"][R1]["completion_tokens"] > 1.5 * seed[BASE]["completion_tokens"],
+        lambda seed: (
+            seed["dr_grpo"][R1]["completion_tokens"] > 1.5 * seed[BASE]["completion_tokens"]
+        ),
     ),
     Row(
         "harder problems are thought about longer",
@@ -289,7 +309,8 @@ ROWS = (
         "self-checks become frequent",
         "reflective words 5 to 7 times as many",
         "{:%} -> {:%} of the completions check a step",
-        "base: calls {:%} of its wrong steps wrong (mends {:%} of these), {:%} of its right ones; of given {:%}, {:%}",
+        "base: calls {:%} of its wrong steps wrong (mends {:%} of these), {:%} of its right ones; "
+        "of given {:%}, {:%}",
         (
             share(BASE, "checked"),
             share(R1, "checked"),
@@ -306,7 +327,11 @@ ROWS = (
         "R1-Zero mixes languages",
         "Korean questions thought through in English: {:%} -> {:%}",
         "with the language reward: {:%}",
-        (thinks("language", BASE, "en"), thinks("language", R1, "en"), thinks("language_reward", R1, "en")),
+        (
+            thinks("language", BASE, "en"),
+            thinks("language", R1, "en"),
+            thinks("language_reward", R1, "en"),
+        ),
         lambda seed: thinks("language", R1, "en")(seed) > 0.5,
     ),
     Row(
@@ -316,7 +341,8 @@ ROWS = (
         "without: {:%}",
         (at("language_reward", R1, "by_language", "ko"), at("language", R1, "by_language", "ko")),
         lambda seed: (
-            seed["language_reward"][R1]["by_language"]["ko"] < seed["language"][R1]["by_language"]["ko"] - 0.02
+            seed["language_reward"][R1]["by_language"]["ko"]
+            < seed["language"][R1]["by_language"]["ko"] - 0.02
         ),
     ),
     Row(
@@ -331,15 +357,15 @@ ROWS = (
 
 
 def phenomena_table(results: dict) -> str:
-    seeds = results["seeds"]
-    lines = ["| the papers say | number | here | held against it | seen in |", "| --- | --- | --- | --- | --- |"]
+    seeds, rows = results["seeds"], []
     for row in ROWS:
         numbers = [Spread([number(seed) for seed in seeds]) for number in row.numbers]
         cut = row.here.count("{")
         here, against = row.here.format(*numbers[:cut]), row.against.format(*numbers[cut:])
         count = sum(bool(row.seen(seed)) for seed in seeds)
-        lines.append(f"| {row.what} | {row.papers} | {here} | {against} | {count} of {len(seeds)} |")
-    return "\n".join([*lines, "", made_with(results)])
+        rows.append([row.what, row.papers, here, against, f"{count} of {len(seeds)}"])
+    head = ["the papers say", "number", "here", "held against it", "seen in"]
+    return grid(head, rows, made_with(results))
 
 
 LEVER_COLUMNS = {  # head: what stands under it, and its format
@@ -354,52 +380,53 @@ LEVER_COLUMNS = {  # head: what stands under it, and its format
 
 
 def levers_table(results: dict) -> str:
-    lines = [f"| lever | flags | {' | '.join(LEVER_COLUMNS)} |", "| --- " * (2 + len(LEVER_COLUMNS)) + "|"]
+    rows = []
     for lever in results["levers"]:
-        columns = LEVER_COLUMNS.values()
-        cells = [format(Spread([seed[name] for seed in lever["seeds"]]), spec) for name, spec in columns]
-        lines.append(f"| {lever['label']} | {flags_of(lever)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", made_with(results)])
-
-
-def flags_of(lever: dict) -> str:
-    return " ".join(f"`{words}`" for words in (lever["variation"], lever["flags"]) if words)
+        how = " ".join(f"`{words}`" for words in (lever["variation"], lever["flags"]) if words)
+        cells = [
+            format(Spread([seed[name] for seed in lever["seeds"]]), spec)
+            for name, spec in LEVER_COLUMNS.values()
+        ]
+        rows.append([lever["label"], how, *cells])
+    return grid(["lever", "flags", *LEVER_COLUMNS], rows, made_with(results))
 
 
 def hacked_table(results: dict) -> str:
-    lines = ["| rewarded for | reward in training | accuracy in training | pass@1 | tokens | diagnose.py finds |"]
-    lines.append("| --- " * 6 + "|")
+    rows = []
     for lever in results["rewards"]:
         seeds = lever["seeds"]
-        ends_of = {name: zip(*(seed[name] for seed in seeds)) for name in ("reward", "accuracy")}
         reward, accuracy = (
-            " -> ".join(format(Spread(values), spec) for values in ends_of[name])
+            " -> ".join(format(Spread(end), spec) for end in zip(*(seed[name] for seed in seeds)))
             for name, spec in (("reward", ".2f"), ("accuracy", "%"))
         )
-        right, tokens = (Spread([seed[name] for seed in seeds]) for name in ("pass@1", "completion_tokens"))
+        right = Spread([seed["pass@1"] for seed in seeds])
+        tokens = Spread([seed["completion_tokens"] for seed in seeds])
         found = Counter(name for seed in seeds for name in seed["diagnose"])
-        complaints = ", ".join(f"{name} ({count} of {len(seeds)})" for name, count in found.items()) or "nothing"
-        lines.append(f"| {lever['label']} | {reward} | {accuracy} | {right:%} | {tokens:.1f} | {complaints} |")
-    return "\n".join([*lines, "", made_with(results)])
+        complaints = [f"{name} ({count} of {len(seeds)})" for name, count in found.items()]
+        said = ", ".join(complaints) or "nothing"
+        rows.append([lever["label"], reward, accuracy, f"{right:%}", f"{tokens:.1f}", said])
+    head = ["rewarded for", "reward in training", "accuracy in training"]
+    head += ["pass@1", "tokens", "diagnose.py finds"]
+    return grid(head, rows, made_with(results))
 
 
 def made_with(results: dict) -> str:
     how = f"{results['spread']}: mean (lowest-highest)"
-    return f"`{results['command']}`, {how}. {results['hardware']}, torch {results['torch']}."
+    return f"`{results['command']}`, {how}. {made_on(results)}"
 
 
 TABLES = {"phenomena": phenomena_table, "levers": levers_table, "hacked": hacked_table}
 
 
 def main(folder: Path = RESULTS) -> None:
-    """Print the tables of the results that there are in a folder; those of the README's own go into it."""
+    """Print the tables of the results that there are in a folder; the README's go into it too."""
     for name, table in TABLES.items():
         path = folder / f"{name}.json"
         if path.exists():
             text = table(json.loads(path.read_text()))
             print(f"\n{text}")
             if folder == RESULTS:
-                write_into_readme(f"{name}: made by experiments/report.py", text)
+                write_into_readme(f"{name}: made by experiments/study/report.py", text)
 
 
 if __name__ == "__main__":

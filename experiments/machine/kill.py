@@ -1,10 +1,11 @@
-"""Do to a run what life does to runs: kill it at random moments, fill its disk, move its folder away, put a file in its
-place. Each time it must go on to the very bits of a run that was left alone.
+"""Do to a run what life does to runs: kill it at random moments, fill its disk, move its folder
+away, put a file in its place. Each time it must go on to the very bits of a run left alone.
 
-    python experiments/kill.py               # 100 kills: about ten minutes
-    python experiments/kill.py --kills 5
+    python -m experiments.machine.kill               # 100 kills: about twelve minutes
+    python -m experiments.machine.kill --kills 5
 
-It trains a very small model, and saves after each step, so that many kills fall into the writing of a file.
+It trains a very small model. The runs that are harmed save after each step, so that many kills fall
+into the writing of a file; the run that is left alone never saves in the middle of a stage.
 """
 
 import argparse
@@ -25,51 +26,53 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, this file finds the rooms above it
-
+from kit.run import ROOT
 from model import load_model, load_tensors
 
 FLAGS = [  # just enough pretraining that GRPO has something to reward
-    "--preset=tiny", "--pretrain_steps=300", "--pretrain_lr=1e-2", "--steps=60", "--prompts=8", "--group_size=4",
-    "--max_new_tokens=24", "--minibatches=2", "--beta=0.05", "--reference_every=4", "--eval_every=4",
-    "--eval_problems=64", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--d_model=16", "--d_ff=24",
-]  # fmt: skip
-MODELS = ("base.pt", "r1_zero.pt", "last.pt")
-
-
-def weights_hash(path: Path) -> str:
-    """One number for all bits of the weights in a file."""
-    weights = load_model(path).state_dict().values()
-    return hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights)).hexdigest()
+    *("--preset=tiny", "--pretrain_steps=300", "--pretrain_lr=1e-2", "--steps=60", "--prompts=8"),
+    *("--group_size=4", "--max_new_tokens=24", "--minibatches=2", "--beta=0.05"),
+    *("--reference_every=4", "--eval_every=4", "--eval_problems=64"),
+    *("--n_layer=1", "--n_head=2", "--n_kv_head=1", "--d_model=16", "--d_ff=24"),
+]
+STAGES = ("base", "r1_zero")
 
 
 def log_without_times(folder: Path) -> list[dict]:
     """The lines of a run's log, but for what a clock put there; none may be torn."""
     records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [{name: value for name, value in record.items() if "seconds" not in name} for record in records]
+    return [{key: value for key, value in x.items() if "seconds" not in key} for x in records]
 
 
-def outcome(folder: Path) -> dict:
-    """All that a run comes to, but for times: hashes of its models and of what it wrote down."""
+def outcome(folder: Path) -> dict[str, str]:
+    """All that an ended run comes to, but for times: a hash for each of its files."""
+    found = {}
+    for stage in STAGES:
+        weights = load_model(folder / f"{stage}.pt").state_dict().values()
+        found[f"{stage}.pt"] = b"".join(weight.numpy().tobytes() for weight in weights)
+    last = load_tensors(folder / "last.pt")  # no state of a stage is left in it, or json raises
     result = json.loads((folder / "result.json").read_text())
-    texts = {
-        "log.jsonl": json.dumps(log_without_times(folder)),
-        "result.json": json.dumps([result["base"], result["r1_zero"]]),
-        "samples.txt": (folder / "samples.txt").read_text(),
-    }
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    return {name: weights_hash(folder / name) for name in MODELS} | hashes
+    for name, data in (
+        ("last.pt", {key: last[key] for key in ("ended", "results", "stopped")}),
+        ("log.jsonl", log_without_times(folder)),
+        ("result.json", {stage: result[stage] for stage in STAGES}),
+    ):
+        found[name] = json.dumps(data).encode()
+    for name in ("looks.jsonl", "samples.txt"):
+        found[name] = (folder / name).read_bytes()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
-def start(folder: Path, *flags: str, largest_file: int = resource.RLIM_INFINITY) -> subprocess.Popen:
+def start(
+    folder: Path, *, save_every: int = 0, largest_file: int = resource.RLIM_INFINITY
+) -> subprocess.Popen:
     """Begin the run in a folder, or go on with it."""
     begun = (folder / "last.pt").exists()
-    arguments = [f"--resume={folder}"] if begun else [*FLAGS, *flags, f"--out={folder}"]
+    arguments = [f"--resume={folder}"] if begun else [*FLAGS, f"--out={folder}"]
     return subprocess.Popen(
         [sys.executable, "train.py", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},  # what it prints tells when it is at work
+        env=os.environ | {"SAVE_EVERY": str(save_every)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -77,12 +80,11 @@ def start(folder: Path, *flags: str, largest_file: int = resource.RLIM_INFINITY)
     )
 
 
-def finish(folder: Path, *flags: str) -> dict:
+def finish(folder: Path, **how: int) -> dict[str, str]:
     """Let the run in a folder come to its end."""
-    run = start(folder, *flags)
+    run = start(folder, **how)
     _, said = run.communicate()
-    if run.returncode:
-        raise AssertionError(f"the run in {folder} ended with status {run.returncode}: {said}")
+    assert run.returncode == 0, f"the run in {folder} ended with status {run.returncode}: {said}"
     return outcome(folder)
 
 
@@ -93,13 +95,18 @@ def wait_for(condition: Callable[[], bool], run: subprocess.Popen, seconds: floa
         time.sleep(0.0002)
 
 
+def progress(saved: dict) -> tuple[int, int, int]:
+    """How far a run had come: later saves have greater ones."""
+    return len(saved["ended"]), saved["stopped"].get("step", 0), len(saved["results"])
+
+
 def kill_at_random(rng: random.Random, folder: Path) -> str | None:
-    """Kill the run in a folder with SIGKILL at a random moment, and check what it left. Returns where it was killed, or
-    None where it came to its end before."""
+    """Kill the run in a folder with SIGKILL at a random moment, and check what it left. Returns
+    where the kill fell, or None where the run came to its end before."""
     last, partial = folder / "last.pt", folder / "last.pt.partial"
     before = load_tensors(last) if last.exists() else None
     written = last.stat().st_mtime_ns if before else 0
-    run = start(folder, "--save_every=0")
+    run = start(folder)
     if rng.random() < 0.1:  # before it has come further
         wait_for(lambda: False, run, rng.uniform(0, 3))
     else:
@@ -110,25 +117,25 @@ def kill_at_random(rng: random.Random, folder: Path) -> str | None:
     run.kill()
     _, said = run.communicate()
     if run.returncode != -signal.SIGKILL:
-        assert run.returncode == 0, f"a run that was not killed ended with status {run.returncode}: {said}"
+        assert run.returncode == 0, f"status {run.returncode}, and it was not killed: {said}"
         return None
     if not last.exists():
         assert not folder.exists(), "a folder without last.pt"
         return "before its folder was there"
     saved = load_tensors(last)  # raises ValueError if a bit of it is wrong
-    lost = saved["log_bytes"] - (folder / "log.jsonl").stat().st_size
-    assert lost <= 0, f"the log has lost {lost} bytes"
-    order = ("pretrain", "grpo")
-    if before:
-        went_back = (order.index(saved["phase"]), saved["step"]) < (order.index(before["phase"]), before["step"])
-        assert not went_back, "last.pt is older than before"
-    evaluating = saved["phase"] == "grpo" and (not saved["base"] or (folder / "r1_zero.pt").exists())
-    where = "in an evaluation" if evaluating else f"in {saved['phase']}"
+    for name, kept in saved["kept"].items():
+        lost = kept - (folder / name).stat().st_size
+        assert lost <= 0, f"{name} has lost {lost} bytes"
+    assert not before or progress(saved) >= progress(before), "last.pt is older than before"
+    ended, _, results = progress(saved)
+    evaluating = ended > results or ended == len(STAGES)
+    where = "in an evaluation" if evaluating else f"in {STAGES[ended]}"
     return f"{where}, while last.pt was being written" if partial.exists() else where
 
 
 def kill_many(kills: int, rng: random.Random, folders: Path, expected: dict) -> Counter:
-    """As many runs as it takes, each killed over and over until it ends all the same; where the kills fell."""
+    """As many runs as it takes, each killed over and over until it ends all the same. Returns where
+    the kills fell."""
     fell = Counter()
     bar = tqdm(total=kills, desc="kill", unit="kill", disable=None)
     for number in itertools.count():
@@ -145,14 +152,14 @@ def kill_many(kills: int, rng: random.Random, folders: Path, expected: dict) -> 
 
 def compare(found: dict, expected: dict) -> None:
     differing = [name for name in expected if found[name] != expected[name]]
-    assert not differing, f"not what a run that was left alone came to: {', '.join(differing)}"
+    assert not differing, f"not what a run left alone came to: {', '.join(differing)}"
 
 
 def full_disk(folder: Path, expected: dict) -> str:
-    """A limit on the size of files stands for the disk: like a full one, it holds for root too. It is met when the
-    optimizer is first saved."""
+    """A limit on the size of files stands for the disk: like a full one, it holds for root too. It
+    is met when the optimizer is first saved."""
     limit = 2 * (folder.parent / "whole" / "base.pt").stat().st_size
-    said = last_words(start(folder, "--save_every=0", largest_file=limit))
+    said = last_words(start(folder, largest_file=limit))
     assert not (folder / "last.pt.partial").exists(), "half a file still takes room"
     compare(finish(folder), expected)
     return said
@@ -169,10 +176,9 @@ def file_in_its_place(folder: Path, expected: dict) -> str:
 
 
 def moved_away(folder: Path, expected: dict, put_in_its_place: str) -> str:
-    run, away = start(folder, "--save_every=0"), folder.with_name(f"{folder.name} away")
-    while not ((folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size):
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.01)
+    run, away = start(folder), folder.with_name(f"{folder.name} away")
+    log = folder / "log.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size > 0, run, 60)
     folder.rename(away)
     if put_in_its_place:
         folder.write_text(put_in_its_place)
@@ -190,15 +196,21 @@ def last_words(run: subprocess.Popen) -> str:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kills", type=int, default=100, help="how often [100]")
+    parser.add_argument("--kills", type=int, default=100, help="how often, at least 1 [100]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
     args = parser.parse_args(arguments)
+    if args.kills < 1:
+        parser.error(f"--kills must be at least 1, not {args.kills}")
     with tempfile.TemporaryDirectory() as name:
         folders = Path(name)
-        expected = finish(folders / "whole")
-        assert expected["base.pt"] != expected["r1_zero.pt"], "GRPO has changed nothing, so it shows nothing"
+        expected = finish(folders / "whole", save_every=3600)
+        assert expected["base.pt"] != expected["r1_zero.pt"], (
+            "GRPO changed nothing: it shows nothing"
+        )
         for harm in (full_disk, folder_moved_away, file_in_its_place):
             said = harm(folders / harm.__name__, expected)
             print(f"{harm.__name__.replace('_', ' ')}: {said}".replace(f"{name}/", ""))
@@ -206,7 +218,7 @@ def main(arguments: list[str]) -> None:
     print(f"{fell.total()} kills survived, 0 bytes lost:")
     for where, count in fell.most_common():
         print(f"{count:6} {where}")
-    print("and each run came to the same as the one that was left alone:")
+    print("and each run came to the same as the one left alone:")
     for file, digest in expected.items():
         print(f"  {file:12} {digest}")
 

@@ -1,37 +1,42 @@
-"""What the log of a run says about its health, in words: each number, the range it should be in, and the knob to turn.
+"""What the log of a run says about its health, in words: each number, the range it should be in,
+and the knob to turn.
 
-    python experiments/diagnose.py out/cpu-grpo-seed0
+    python -m experiments.watch.diagnose out/cpu-grpo-seed0
 
-A first or last number is a mean over a tenth of the steps (one at least). The ranges are rules of thumb, from this
-project's small runs and the failures that papers report: a verdict says where to look, not what must be so.
+A first or last number is a mean over a tenth of the steps (one at least). The ranges are rules of
+thumb, from this project's small runs and the failures that papers report. A verdict says where to
+look, not what must be so.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, this file finds experiments/
+from experiments.watch.plot import STAGE, add_stage, read_log
 
-from experiments.plot import read_log
+Records = list[dict]  # the lines of a stage of GRPO
 
-Records = list[dict]  # the lines of GRPO
+
+def values(records: Records, name: str) -> list[float]:
+    """The numbers of a field, where it has one: neither NaN nor infinite."""
+    return [record[name] for record in records if math.isfinite(record.get(name, math.nan))]
 
 
 def ends(records: Records, name: str) -> tuple[float, float]:
     """The mean over the first tenth of the lines that have the field, and over the last."""
-    values = [record[name] for record in records if name in record]
-    tenth = max(1, len(values) // 10)
-    return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+    found = values(records, name)
+    tenth = max(1, len(found) // 10)
+    return sum(found[:tenth]) / tenth, sum(found[-tenth:]) / tenth
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question to a log. `look` gives the numbers, in words, and whether they are healthy; `needs` are the fields
-    without which there is nothing to ask."""
+    """One question to a log. `look` gives the numbers, in words, and whether they are healthy;
+    `needs` are the fields without which there is nothing to ask."""
 
     name: str
     needs: tuple[str, ...]
@@ -40,8 +45,14 @@ class Check:
     advice: str
 
 
+def numbers(records: Records) -> tuple[str, bool]:
+    pairs = [pair for record in records for pair in record.items()]
+    names = {name for name, x in pairs if isinstance(x, float) and not math.isfinite(x)}
+    return f"NaN or infinite: {', '.join(sorted(names)) or 'nothing'}", not names
+
+
 def agreement(records: Records) -> tuple[str, bool]:
-    worst = max(record["logp_gap"] for record in records)
+    worst = max(values(records, "logp_gap"))
     limit = 0.3 if records[0].get("dtype") == "bfloat16" else 1e-3
     return f"sampler and trainer differ by {worst:.1e} at most", worst <= limit
 
@@ -52,35 +63,33 @@ def truncation(records: Records) -> tuple[str, bool]:
 
 
 def signal(records: Records) -> tuple[str, bool]:
-    _, silent = ends(records, "no_signal")
-    _, accuracy = ends(records, "accuracy")
-    learned = accuracy >= 0.9
+    (_, silent), (_, accuracy) = ends(records, "no_signal"), ends(records, "accuracy")
     said = f"{silent:.1%} of the last groups had equal rewards, at accuracy {accuracy:.2f}"
-    return said, silent <= 0.5 or learned
+    return said, silent <= 0.5 or accuracy >= 0.9
 
 
 def entropy(records: Records) -> tuple[str, bool]:
-    first, last = ends(records, "entropy")
-    _, accuracy = ends(records, "accuracy")
-    return f"entropy {first:.3f} -> {last:.3f} nats a token, at accuracy {accuracy:.2f}", (
-        last >= 0.1 * first or accuracy >= 0.9
-    )
+    (first, last), (_, accuracy) = ends(records, "entropy"), ends(records, "accuracy")
+    said = f"entropy {first:.3f} -> {last:.3f} nats a token, at accuracy {accuracy:.2f}"
+    return said, last >= 0.1 * first or accuracy >= 0.9
 
 
 def length(records: Records) -> tuple[str, bool]:
     """Over the second half, as a run that learns to think grows longer in the first."""
     half = records[len(records) // 2 :]
     (before, after), (worse, better) = ends(half, "completion_tokens"), ends(half, "accuracy")
-    said = f"completions {before:.1f} -> {after:.1f} tokens in the second half, accuracy {worse:.2f} -> {better:.2f}"
-    return said, after <= 1.25 * before or better - worse >= 0.02
+    said = f"completions {before:.1f} -> {after:.1f} tokens in the second half"
+    healthy = after <= 1.25 * before or better - worse >= 0.02
+    return f"{said}, accuracy {worse:.2f} -> {better:.2f}", healthy
 
 
 def held_out(records: Records) -> tuple[str, bool]:
-    looks = [record for record in records if "held_out_accuracy" in record]
-    since = records[records.index(looks[0]) :]  # both from the first look on
-    reward, accuracy = ends(since, "reward"), (looks[0]["held_out_accuracy"], looks[-1]["held_out_accuracy"])
-    said = f"reward {reward[0]:.2f} -> {reward[1]:.2f}, held-out accuracy {accuracy[0]:.2f} -> {accuracy[1]:.2f}"
-    return said, reward[1] - reward[0] <= 0.1 or accuracy[1] - accuracy[0] >= 0.02 or accuracy[1] >= 0.9
+    first = next(i for i, record in enumerate(records) if values([record], "held_out_accuracy"))
+    low, high = ends(records[first:], "reward")  # both from the first look on
+    looks = values(records, "held_out_accuracy")
+    wrong, right = looks[0], looks[-1]
+    said = f"reward {low:.2f} -> {high:.2f}, held-out accuracy {wrong:.2f} -> {right:.2f}"
+    return said, high - low <= 0.1 or right - wrong >= 0.02 or right >= 0.9
 
 
 def rule(records: Records) -> tuple[str, bool]:
@@ -90,7 +99,7 @@ def rule(records: Records) -> tuple[str, bool]:
 
 
 def policy_step(records: Records) -> tuple[str, bool]:
-    worst = max(record["k3_old"] for record in records if "k3_old" in record)  # not where no row had an advantage
+    worst = max(values(records, "k3_old"))
     return f"KL of a step's updates, {worst:.4f} nats a token at most", worst <= 0.1
 
 
@@ -101,11 +110,18 @@ def distance(records: Records) -> tuple[str, bool]:
 
 CHECKS = (
     Check(
+        "numbers",
+        (),
+        numbers,
+        "nothing",
+        "find the first line of log.jsonl that has one; a lower --lr or --max_grad_norm may help",
+    ),
+    Check(
         "agreement",
         ("logp_gap",),
         agreement,
         "at most 0.001 in float32, 0.3 in bfloat16",
-        "the update is not one of the policy that sampled: a bug in sampling, in the temperature or in the mask",
+        "the updated policy is not the one that sampled: a bug in sampling, temperature or mask",
     ),
     Check(
         "truncation",
@@ -119,7 +135,7 @@ CHECKS = (
         ("no_signal", "accuracy"),
         signal,
         "at most half, until accuracy is 0.9",
-        "the problems are too hard or too easy: other --min_level and --max_level, or a larger --group_size",
+        "problems too hard or too easy: other --min_level, --max_level, or a larger --group_size",
     ),
     Check(
         "entropy",
@@ -133,7 +149,7 @@ CHECKS = (
         ("completion_tokens", "accuracy"),
         length,
         "longer by a quarter at most, unless accuracy rises with it",
-        "1/|o| spares long wrong answers: try --variant dr_grpo, and read samples.txt for what fills them",
+        "1/|o| spares long wrong answers: try --variant dr_grpo, and read what fills them",
     ),
     Check(
         "held-out accuracy",
@@ -147,7 +163,7 @@ CHECKS = (
         ("reward", "accuracy"),
         rule,
         "accuracy rises where the reward does",
-        "another rule pays better than being right: lower its weight (--format_weight, ...), or close the hole in it",
+        "another rule pays better than being right: weigh it less (--rewards), or close its hole",
     ),
     Check(
         "policy step",
@@ -168,14 +184,14 @@ CHECKS = (
 
 def diagnose(records: Records) -> list[tuple[Check, str, bool]]:
     """Each check that this log can answer: the check, what it saw, and whether that is healthy."""
-    fields = set().union(*records)
-    return [(check, *check.look(records)) for check in CHECKS if set(check.needs) <= fields]
+    can = [check for check in CHECKS if all(values(records, name) for name in check.needs)]
+    return [(check, *check.look(records)) for check in can]
 
 
-def read_run(folder: Path) -> Records:
-    """The lines of GRPO; the first says too what matrix products were in. Raises ValueError, in one line, for what is
-    not a run, and for a run that has no step of GRPO yet."""
-    records = read_log(folder)
+def read_run(folder: Path, stage: str = STAGE) -> Records:
+    """The lines of a stage; the first says too what matrix products were in. Raises ValueError, in
+    one line, for what is not a run, and for a run in which the stage has no line yet."""
+    records = read_log(folder, stage)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not the folder of a run: it holds no config.json")
     config = json.loads((folder / "config.json").read_text())
@@ -185,19 +201,23 @@ def read_run(folder: Path) -> Records:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="folder of a run, finished or not")
-    flags = parser.parse_args(arguments)
+    add_stage(parser)
+    args = parser.parse_args(arguments)
     try:
-        records = read_run(flags.run)
+        records = read_run(args.run, args.stage)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{flags.run}: {len(records)} steps of GRPO")
+    print(f"{args.run}: {len(records)} lines of {args.stage}")
     for check, said, healthy in diagnose(records):
         print(f"{'ok  ' if healthy else 'LOOK'}  {check.name:18} {said}")
         if not healthy:
-            print(f"{'':6}{'healthy:':18} {check.healthy}\n{'':6}{'what to do:':18} {check.advice}")
+            print(f"{'':6}{'healthy:':18} {check.healthy}")
+            print(f"{'':6}{'what to do:':18} {check.advice}")
 
 
 if __name__ == "__main__":

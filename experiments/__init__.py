@@ -1,0 +1,1 @@
+"""Everything around the rooms: lessons, watching runs, the study, the machine."""

@@ -1,0 +1,1 @@
+"""The machine: how fast it is, and what it survives."""

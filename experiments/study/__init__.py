@@ -1,0 +1,1 @@
+"""The study: every run, table and picture of the results."""

@@ -1,0 +1,364 @@
+"""What a run's base model and its R1-Zero do differently: many completions of few held-out
+problems, taken apart.
+
+    python -m experiments.study.measure out/cpu-grpo-seed0   # two minutes; RUN/measured.json
+
+From one sample of each model: pass@k, majority votes, lengths, styles, and the checks that it makes
+of its own steps. Then the base model helped to a thought, and checks of steps that were written for
+it.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.arithmetic import APPLY
+from data.languages import LANGUAGES
+from data.problem import Problem, stream
+from data.tokenizer import get_tokenizer
+from kit.evaluate import BEYOND, Answers, grade, held_out_problems, majority_is_right, pass_at_k
+from kit.flags import saved_config
+from kit.run import set_up
+from model import Transformer, write_whole
+from rewards import accuracy_reward, extract_answer
+from sample import decode_completions, generate, load_policy
+from train import Config
+
+OPENINGS = ("<think>", "<think>\n#1")  # what the base model is helped with
+ROWS = 1024  # completions sampled at once
+PROBLEMS, SAMPLES = 40, 256  # of each level; of each problem
+PARTS = {  # of a gain
+    "share": "by a better style",
+    "right": "right more often within it",
+    "counted": "tags around right answers",
+}
+OPERATORS = {word: sign for spoken in LANGUAGES.values() for sign, word in spoken.operators.items()}
+EQUALS, RIGHT, WRONG = (
+    "|".join({getattr(spoken, name) for spoken in LANGUAGES.values()})
+    for name in ("equals", "right", "wrong")
+)
+STEP = re.compile(
+    rf"#\d+ (\d+) ({'|'.join(OPERATORS)}) (\d+) (?:{EQUALS}) (\d+)"
+    rf"(?: (?:({RIGHT})|({WRONG}) (\d+)))?"
+)
+
+
+# ------------------------------------------------------------------------ what a completion shows
+
+
+def style_of(text: str) -> str:
+    """ "checked" if any step is looked at again, "steps" if there is one, else "glib"."""
+    steps = STEP.findall(text)
+    if any(right or wrong for *_, right, wrong, _ in steps):
+        return "checked"
+    return "steps" if steps else "glib"
+
+
+def says(text: str, answer: str) -> bool:
+    """The lenient reading: whether the last number is the answer, in a tag or not."""
+    return re.findall("[0-9]+", text)[-1:] == [answer]
+
+
+def checks(text: str) -> Counter:
+    """Of the steps that were looked at again: how many were right and wrong, as operations on the
+    numbers that they name, and how many of each were called wrong; of the wrong ones so called, how
+    many were mended."""
+    counts = Counter()
+    for total, word, operand, said, right, wrong, mended in STEP.findall(text):
+        if right or wrong:
+            truth = max(0, APPLY[OPERATORS[word]](int(total), int(operand)))
+            kind = "right" if int(said) == truth else "wrong"
+            counts += Counter({kind: 1, f"{kind}, called wrong": int(bool(wrong))})
+            counts["wrong, mended"] += kind == "wrong" and mended == str(truth)
+    return counts
+
+
+# --------------------------------------------------------------------------- what a model is like
+
+
+def ask(
+    config: Config, model: Transformer, problems: list[Problem], samples: int, opening: str = ""
+) -> Answers:
+    """`samples` completions of each problem at temperature 1, after an opening that is then part of
+    their text. The same noise for every model."""
+    answers, part, tokenizer = [], max(1, ROWS // samples), get_tokenizer()
+    begun = tokenizer.encode(opening, tags=True)
+    seed = stream(config.seed, "measure", samples).getrandbits(63)
+    look = {"desc": "ask", "leave": False, "dynamic_ncols": True, "disable": None}
+    for start in tqdm(range(0, len(problems), part), **look):
+        asked = problems[start : start + part]
+        rollout = generate(
+            model,
+            [tokenizer.encode(problem.prompt) + begun for problem in asked],
+            group_size=samples,
+            max_new_tokens=config.max_new_tokens - len(begun),
+            eos_id=tokenizer.eos_id,
+            seed=seed,
+            first_row=start * samples,
+        )
+        texts = [opening + text for text in decode_completions(rollout, tokenizer)]
+        answers += zip(texts, (rollout.ends - rollout.starts + len(begun)).tolist())
+    return [answers[i : i + samples] for i in range(0, len(answers), samples)]
+
+
+def mean(values: list) -> float | None:
+    """None where there are none: no number is made up."""
+    return float(np.mean(values)) if len(values) else None
+
+
+def by_style(problems: list[Problem], answers: Answers) -> dict[str, dict[str, float]]:
+    """For each style its share of all completions; the share of these that are right by either
+    reading; and of the right ones the share that the accuracy rule counts, which wants the tags."""
+    found = [
+        (style_of(text), says(text, problem.answer) or counted, counted)
+        for problem, group in zip(problems, answers)
+        for text, _ in group
+        for counted in (accuracy_reward(text, problem.answer),)
+    ]
+    table = {}
+    for style in sorted({style for style, *_ in found}):
+        mine = [(right, counted) for each, right, counted in found if each == style]
+        table[style] = {
+            "share": len(mine) / len(found),
+            "right": mean([right for right, _ in mine]),
+            "counted": mean([counted for right, counted in mine if right]),
+        }
+    return table
+
+
+def gain_parts(before: dict[str, dict], after: dict[str, dict]) -> dict[str, float]:
+    """What the gain in accuracy owes to each of its three factors; the parts add up to the gain.
+
+    Accuracy is the sum over styles of share x right x counted. A factor's part is the mean, over
+    the orders in which the three could have changed one by one, of what its change then adds
+    (Shapley 1953). What one model never does is judged as the other does it.
+    """
+
+    def value(style: str, name: str, new: bool) -> float:
+        one, other = (after, before) if new else (before, after)
+        if name == "share":
+            return one.get(style, {}).get(name, 0.0)
+        known = (each.get(style, {}).get(name) for each in (one, other))
+        return next((each for each in known if each is not None), 0.0)
+
+    def accuracy(changed: set[str]) -> float:
+        styles = sorted({*before, *after})
+        factors = ([value(style, name, name in changed) for name in PARTS] for style in styles)
+        return sum(map(math.prod, factors))
+
+    parts = dict.fromkeys(PARTS, 0.0)
+    for order in itertools.permutations(PARTS):
+        for i, name in enumerate(order):
+            added = accuracy({*order[: i + 1]}) - accuracy({*order[:i]})
+            parts[name] += added / math.factorial(len(PARTS))
+    return parts
+
+
+def lengths(problems: list[Problem], answers: Answers) -> dict[str, dict[str, float | None]]:
+    """Mean tokens of a completion by level: of all, of the right ones, of the wrong ones, of those
+    with steps."""
+    table = {}
+    for level in sorted({problem.level for problem in problems}):
+        rows = [
+            (tokens, accuracy_reward(text, problem.answer) == 1, style_of(text) == "steps")
+            for problem, group in zip(problems, answers)
+            for text, tokens in group
+            if problem.level == level
+        ]
+        table[str(level)] = {
+            "all": mean([tokens for tokens, *_ in rows]),
+            "right": mean([tokens for tokens, right, _ in rows if right]),
+            "wrong": mean([tokens for tokens, right, _ in rows if not right]),
+            "steps": mean([tokens for tokens, _, steps in rows if steps]),
+        }
+    return table
+
+
+def votes(problems: list[Problem], answers: Answers, k: int) -> float:
+    """maj@k: the share of groups of k completions whose most frequent answer is right."""
+    return mean(
+        [
+            majority_is_right([extract_answer(text) for text, _ in group[i : i + k]], p.answer)
+            for p, group in zip(problems, answers)
+            for i in range(0, len(group) - k + 1, k)
+        ]
+    )
+
+
+def pass_at(problems: list[Problem], answers: Answers) -> dict[str, dict[str, float]]:
+    """pass@k by level, for k = 1, 2, 4 ... up to the number of samples; unbiased."""
+    right, n = grade(problems, answers).sum(axis=1), len(answers[0])
+    levels, ks = np.array([p.level for p in problems]), [2**i for i in range(n.bit_length())]
+    return {
+        str(level): {
+            str(k): mean([pass_at_k(n, int(count), k) for count in right[levels == level]])
+            for k in ks
+        }
+        for level in np.unique(levels)
+    }
+
+
+def of_others(problems: list[Problem]) -> list[Problem]:
+    """The same problems, each with the first other answer that comes after it in its level: what is
+    right then is right by chance. Where there is no other, with an answer that nobody can give."""
+    swapped = []
+    for i, problem in enumerate(problems):
+        level = (each for each in (*problems[i:], *problems[:i]) if each.level == problem.level)
+        others = (each.answer for each in level if each.answer != problem.answer)
+        swapped.append(replace(problem, answer=next(others, "")))
+    return swapped
+
+
+@torch.no_grad()
+def forced_checks(config: Config, model: Transformer, problems: list[Problem]) -> dict[str, float]:
+    """What a model makes of steps that were written for it, the first one checked. In English, from
+    problems of two operations or more.
+
+    How probable it then finds it to check the second step too; to call it wrong, given that it
+    does, where the step is right and where it is wrong; and to name the right number, given that it
+    called a wrong step wrong.
+    """
+    tokenizer, spoken = get_tokenizer(), LANGUAGES["en"]
+    right_id, wrong_id = (tokenizer.encode(f" {word}")[0] for word in (spoken.right, spoken.wrong))
+    kinds = [
+        f"{kind}, {what}" for kind in ("right", "wrong") for what in ("checked", "called wrong")
+    ]
+    found = {name: [] for name in (*kinds, "mended")}
+    for problem in (
+        problem for problem in problems if problem.language == "en" and problem.level > 1
+    ):
+        first, sign, operand, next_sign, next_operand = problem.expression.split(" ")[:5]
+        total = APPLY[sign](int(first), int(operand))
+        truth = APPLY[next_sign](total, int(next_operand))
+        step = f"#1 {first} {spoken.operators[sign]} {operand} is {total} ok"
+        begun = f"<think>\n{step}\n#2 {total} {spoken.operators[next_sign]} {next_operand} is"
+        for said in range(max(0, truth - 2), truth + 3):  # as far off as a slip of the corpus is
+            kind = "right" if said == truth else "wrong"
+            text = tokenizer.encode(f"{begun} {said}", tags=True)
+            tokens = tokenizer.encode(problem.prompt) + text
+            after = torch.tensor([[*tokens, wrong_id]], device=config.device)
+            named, following = model(after, first=len(tokens) - 1)[0].softmax(-1)
+            right, wrong = named[right_id].item(), named[wrong_id].item()
+            found[f"{kind}, checked"].append(right + wrong)
+            found[f"{kind}, called wrong"].append(wrong / (right + wrong))
+            if kind == "wrong":
+                found["mended"].append(following[tokenizer.encode(f" {truth}")[0]].item())
+    return {name: mean(values) for name, values in found.items()}
+
+
+def describe(
+    config: Config, model: Transformer, problems: list[Problem], samples: int
+) -> dict[str, dict]:
+    """All of it for one model. `problems` are of the trained levels and beyond, those beyond for
+    pass@k alone."""
+    answers = ask(config, model, problems, samples)
+
+    def only(belongs: Callable[[int], bool]) -> tuple[list[Problem], Answers]:
+        rows = [(p, group) for p, group in zip(problems, answers) if belongs(p.level)]
+        return [p for p, _ in rows], [group for _, group in rows]
+
+    asked, said = only(lambda level: level <= config.max_level)
+    longer, tried = only(lambda level: level == config.max_level + 1)
+    everything = [(p, text) for p, group in zip(asked, said) for text, _ in group]
+    opened = {
+        opening: mean(grade(asked, ask(config, model, asked, 16, opening))) for opening in OPENINGS
+    }
+    return {
+        "pass@1": mean(grade(asked, said)),
+        "lenient": mean([says(text, p.answer) for p, text in everything]),
+        "opened": opened,
+        "votes": {str(k): votes(asked, said, k) for k in (1, 16, 64) if k <= samples},
+        "pass@k": pass_at(problems, answers),
+        "pass@k by chance": pass_at(of_others(problems), answers),
+        "styles": by_style(asked, said),
+        "styles, one operation more": by_style(longer, tried),
+        "the same by chance": by_style(of_others(longer), tried),
+        "lengths": lengths(problems, answers),
+        "checks": {
+            **sum((checks(text) for _, text in everything), Counter()),
+            "completions": len(everything),
+        },
+        "forced checks": forced_checks(config, model, asked),
+    }
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def finished_run(folder: Path) -> Config:
+    """The configuration of a run that has ended. Raises ValueError, in one line, where there is
+    none."""
+    if not (folder / "result.json").is_file():
+        reason = "is not the folder of a run that has ended: it holds no result.json"
+        raise ValueError(f"{folder} {reason}")
+    return saved_config(Config, {"resume": str(folder)})
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", type=Path, help="folder of a run that has ended")
+    text = f"held-out problems of each level [{PROBLEMS}]"
+    add("--problems", type=int, default=PROBLEMS, help=text)
+    add("--samples", type=int, default=SAMPLES, help=f"completions of each [{SAMPLES}]")
+    flags = parser.parse_args(arguments)
+    try:
+        if flags.problems < 1 or flags.samples < 16:
+            raise ValueError("--problems must be at least 1 and --samples at least 16")
+        config = finished_run(flags.run)
+        set_up(config)
+        models = {
+            name: load_policy(flags.run / f"{name}.pt", get_tokenizer(), config.device)
+            for name in ("base", "r1_zero")
+        }
+    except ValueError as error:
+        parser.error(str(error))
+    problems = []
+    for level in range(max(2, config.min_level), config.max_level + BEYOND + 1):
+        purpose = f"measure {level}"
+        problems += held_out_problems(config.task, [level], flags.problems, config.seed, purpose)
+    measured = {}
+    for name, model in models.items():
+        model.in_bfloat16 = config.in_bfloat16
+        measured[name] = describe(config, model, problems, flags.samples)
+    parts = gain_parts(measured["base"]["styles"], measured["r1_zero"]["styles"])
+    result = {"problems": flags.problems, "samples": flags.samples, **measured, "gain": parts}
+    whole = (flags.problems, flags.samples) == (PROBLEMS, SAMPLES)
+    size = "" if whole else f"_{flags.problems}x{flags.samples}"
+    path = flags.run / f"measured{size}.json"  # a quick look does not stand in for the whole
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    print(summary(result), f"-> {path}", sep="\n")
+
+
+def summary(result: dict) -> str:
+    """The first of it in words."""
+    lines = []
+    for name in ("base", "r1_zero"):
+        found = result[name]
+        opened = ", ".join(f"{right:.1%} after {text!r}" for text, right in found["opened"].items())
+        styles = ", ".join(
+            f"{style} {each['share']:.1%}" for style, each in found["styles"].items()
+        )
+        right = f"pass@1 {found['pass@1']:.1%}, read leniently {found['lenient']:.1%}"
+        lines.append(f"{name}: {right}, {opened}; {styles}")
+    parts = (f"{100 * result['gain'][name]:+.1f} {text}" for name, text in PARTS.items())
+    return "\n".join([*lines, f"the gain, in points: {', '.join(parts)}"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,196 @@
+"""The README's pictures, from the JSON that study.py writes.
+
+    python -m experiments.study.pictures     # draws them anew from experiments/results
+
+Needs matplotlib: pip install -r experiments/requirements.txt.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from experiments.study.collect import RESULTS, at
+from experiments.watch.plot import check_picture
+
+BASE, GRPO, DR_GRPO, OTHER, HACK = "tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red"
+CHANCE = "tab:cyan"
+Logs = list[list[dict]]  # the lines of each seed
+BY_CHANCE = "base by chance: against the answers of other problems"
+
+
+def draw_results(folder: Path) -> None:
+    """Each picture from the results that there are in a folder, beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    look = {"axes.grid": True, "grid.alpha": 0.3}
+    plt.rcParams |= look | {"axes.spines.top": False, "axes.spines.right": False}
+    for name, (results, part, draw, columns) in PICTURES.items():
+        if (folder / f"{results}.json").exists():
+            figure, axes = plt.subplots(1, columns, figsize=(10, 3.6), layout="constrained")
+            draw(axes, json.loads((folder / f"{results}.json").read_text())[part])
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            plt.close(figure)
+            print(f"-> {folder / name}.png")
+
+
+def draw_spread(axis, logs: Logs, field: str, start: list[float] | None = None, **look) -> None:
+    """The mean over seeds of a field of their logs, and the range between the lowest and the
+    highest; from `start` at step 0, where that is known. Steps at which a seed has no such field
+    are left out."""
+    by_step = {0: start} if start else {}
+    for log in logs:
+        for record in log:
+            if field in record:
+                by_step.setdefault(record["step"], []).append(record[field])
+    whole = {step: values for step, values in sorted(by_step.items()) if len(values) == len(logs)}
+    low, high = ([pick(values) for values in whole.values()] for pick in (min, max))
+    means = [sum(values) / len(values) for values in whole.values()]
+    (line,) = axis.plot(list(whole), means, **look)
+    axis.fill_between(list(whole), low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def both_losses(seeds: list[dict]) -> list[tuple[str, Logs, str]]:
+    """The name, the logs and the colour of GRPO and of Dr. GRPO."""
+    return [
+        ("GRPO", [seed["log"] for seed in seeds], GRPO),
+        ("Dr. GRPO", [seed["dr_grpo"]["log"] for seed in seeds], DR_GRPO),
+    ]
+
+
+def draw_learning(axes, seeds: list[dict]) -> None:
+    """Reward, held-out accuracy and length against steps; GRPO, Dr. GRPO and what they are held
+    against."""
+    base = [seed["base"]["pass@1"] for seed in seeds]
+    reward, accuracy, length = axes
+    for name, logs, color in both_losses(seeds):
+        look = {"color": color, "label": name}
+        draw_spread(reward, logs, "reward", **look)
+        draw_spread(accuracy, logs, "held_out_accuracy", base, marker=".", **look)
+        draw_spread(length, logs, "completion_tokens", **look)
+    grpo = [seed["log"] for seed in seeds]
+    for name, style in (("right", "--"), ("wrong", ":")):
+        look = {"color": GRPO, "linestyle": style, "label": f"GRPO, {name} answers"}
+        draw_spread(length, grpo, f"{name}_tokens", **look)
+    controls = {
+        "online rejection sampling": at("online rejection sampling", "pass@1"),
+        "rejection sampling": at("rejection sampling", "pass@1"),
+        "more pretraining": at("longer", "pass@1"),
+        "base, opened": at("measured", "base", "opened", "<think>\n#1"),
+    }
+    means = {name: sum(map(number, seeds)) / len(seeds) for name, number in controls.items()}
+    end, above = max(record["step"] for record in grpo[0]), math.inf
+    for name, mean in sorted(means.items(), key=lambda line: -line[1]):
+        accuracy.axhline(mean, color=BASE, linestyle="--", linewidth=1)
+        side = "top" if above - mean < 0.06 else "bottom"  # not over the name of the line above
+        look = {"ha": "right", "va": side, "fontsize": 8, "color": "dimgray"}
+        accuracy.annotate(name, (end, mean), **look)
+        above = mean
+    reward.set(title="reward: accuracy + format", xlabel="step of GRPO", ylim=(0, 2.05))
+    accuracy.set(title="right answers, held out (pass@1)", xlabel="step of GRPO", ylim=(0, 1.05))
+    length.set(title="tokens of a completion", xlabel="step of GRPO", ylim=(0, None))
+    reward.legend(fontsize=8, loc="lower right")
+    length.legend(fontsize=8, loc="lower right")
+
+
+def draw_signals(axes, seeds: list[dict]) -> None:
+    """What is left to learn from, and how far the policy has gone, by GRPO and by Dr. GRPO."""
+    fields = {
+        "entropy": "entropy, nats a token",
+        "no_signal": "share of groups without signal",
+        "base_kl": "KL(policy, base), nats a token",
+    }
+    for axis, (field, title) in zip(axes, fields.items()):
+        start = [0.0] * len(seeds) if field == "base_kl" else None
+        look = {"marker": "."} if field == "base_kl" else {}
+        for name, logs, color in both_losses(seeds):
+            draw_spread(axis, logs, field, start, color=color, label=name, **look)
+        axis.set(title=title, xlabel="step of GRPO", ylim=(0, None))
+    axes[0].legend(fontsize=8)
+
+
+def draw_pass_at_k(axes, seeds: list[dict]) -> None:
+    """pass@k of base and R1-Zero: at the hardest trained level, and at three beyond."""
+    highest = max(map(int, seeds[0]["base"]["by_level"]))
+    for axis, level in zip(axes, (highest, highest + 1, highest + 2, highest + 4)):
+        for name, what, label, color in (
+            ("base", "pass@k", "base", BASE),
+            ("r1_zero", "pass@k", "R1-Zero", GRPO),
+            ("base", "pass@k by chance", BY_CHANCE, OTHER),
+            ("r1_zero", "pass@k by chance", "R1-Zero by chance", CHANCE),
+        ):
+            curves = [seed["measured"][name][what][str(level)].items() for seed in seeds]
+            logs = [[{"step": int(k), "value": value} for k, value in curve] for curve in curves]
+            draw_spread(axis, logs, "value", color=color, marker=".", label=label)
+        beyond = f"{level - highest} more" if level > highest else "the most trained on"
+        axis.set_xscale("log", base=4)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set(title=f"level {level}: {beyond}", xlabel="k", ylim=(0, 1.05))
+        axis.title.set_fontsize(10)
+    axes[0].set_ylabel("pass@k")
+    named = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(*named, fontsize=9, ncols=4, loc="outside lower center")
+
+
+def draw_language(axes, seeds: list[dict]) -> None:
+    """What becomes of Korean questions, seed by seed, without and with the language reward."""
+    fields = {
+        "language_ko": "share of the thought's words that are Korean",
+        "accuracy_ko": "right answers",
+    }
+    for axis, (field, title) in zip(axes, fields.items()):
+        for name, label, color in (
+            ("language", "accuracy + format", GRPO),
+            ("language_reward", "accuracy + format + language", OTHER),
+        ):
+            labels = [f"{label}, a line a seed"] + [None] * (len(seeds) - 1)
+            for seed, each in zip(seeds, labels):
+                points = [(record["step"], record[field]) for record in seed[name]["log"]]
+                axis.plot(*zip(*points), color=color, linewidth=1.2, label=each)
+        axis.set(title=f"Korean questions: {title}", xlabel="step of GRPO", ylim=(0, 1.05))
+        axis.title.set_fontsize(10)
+    axes[1].legend(fontsize=8, loc="lower right")
+
+
+def draw_hacked(axes, rewards: list[dict]) -> None:
+    """What each reward gives, and how often the answer is right, held out."""
+    reward, accuracy = axes
+    for rule, color in zip(rewards, (GRPO, HACK, OTHER)):
+        logs = [seed["log"] for seed in rule["seeds"]]
+        draw_spread(reward, logs, "reward", color=color, label=rule["label"])
+        draw_spread(
+            accuracy, logs, "held_out_accuracy", color=color, marker=".", label=rule["label"]
+        )
+    reward.set(title="reward", xlabel="step of GRPO", ylim=(0, 8))  # with room for the names
+    accuracy.set(title="right answers, held out", xlabel="step of GRPO", ylim=(0, 1.05))
+    reward.legend(fontsize=8, loc="upper left")
+
+
+PICTURES = {  # by name: results, and the part of them, that it is drawn from; how; panels
+    "learning": ("phenomena", "seeds", draw_learning, 3),
+    "signals": ("phenomena", "seeds", draw_signals, 3),
+    "pass_at_k": ("phenomena", "seeds", draw_pass_at_k, 4),
+    "language": ("phenomena", "seeds", draw_language, 2),
+    "hacked": ("hacked", "rewards", draw_hacked, 2),
+}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    text = "of the results, and of the pictures [experiments/results]"
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help=text)
+    folder = parser.parse_args(arguments).folder
+    check_picture(parser, "pictures", folder / "learning.png")
+    draw_results(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

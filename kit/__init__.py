@@ -1,0 +1,1 @@
+"""What every stage of training stands on, and no learner needs first."""

@@ -1,0 +1,96 @@
+"""Any frozen dataclass as a command line.
+
+Each field is a flag, its default the default, and the comment behind it the help. The class may
+hold CHOICES, the values that a field can take, and RANGES, the least and the most of a number.
+"""
+
+import argparse
+import inspect
+import re
+import sys
+import textwrap
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import NoReturn, get_args
+
+import torch
+
+from model import load_tensors, one_line
+
+COMMENTED = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)
+MOST = {int: 2**31 - 1, float: 1e30}  # of a number without a range of its own; the least is 1 or 0
+
+
+def refuse(program: str, reason: str) -> NoReturn:
+    """End the program, as argparse does, with one line and status 2."""
+    print(f"{program}: error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(
+    Config: type, presets: dict[str, dict], arguments: list[str], description: str, program: str
+):
+    """The configuration that a command line asks for: the preset's values, then the flags over
+    them; with --resume, the settings of that run. What is wrong ends the program with one line."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage=argparse.SUPPRESS,  # an error is then one line
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    helps = {name: text for base in Config.__mro__[-2::-1] for name, text in comments(base)}
+    for field in fields(Config):
+        takes = {"type": kind(field), "metavar": "", "choices": Config.CHOICES.get(field.name)}
+        takes = {"action": "store_true"} if field.type is bool else takes
+        text = f"{helps.get(field.name, '')} [{field.default!r}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **takes)
+    given = vars(parser.parse_args(arguments))
+    try:
+        if "resume" in given:
+            config = saved_config(Config, given)
+        else:
+            given = {"preset": "gpu" if torch.cuda.is_available() else "cpu"} | given
+            config = Config(**presets[given["preset"]] | given)
+        check_ranges(config)
+    except ValueError as error:
+        parser.error(str(error))
+    return config if config.out else replace(config, out=config.default_out)
+
+
+def comments(Config: type) -> list[tuple[str, str]]:
+    return COMMENTED.findall(textwrap.dedent(inspect.getsource(Config)))
+
+
+def kind(field) -> type:
+    """The type of a field's value, float for "float | None"."""
+    return (get_args(field.type) or [field.type])[0]
+
+
+def saved_config(Config: type, given: dict):
+    """The configuration of the run to resume, in the folder where it is now. Raises ValueError
+    where there is no such run, or where flags of another one came with --resume."""
+    folder = Path(given["resume"])
+    if others := sorted(set(given) - {"resume", "device"}):
+        raise ValueError(f"--resume goes on with the settings of {folder}: leave --{others[0]} out")
+    saved = load_tensors(folder / "last.pt")
+    try:
+        settings = saved["settings"] | given | {"out": str(folder)}
+        for field in fields(Config):
+            if type(settings[field.name]) not in (get_args(field.type) or [field.type]):
+                raise TypeError(f"{field.name} is {settings[field.name]!r}")
+        return Config(**settings)
+    except (KeyError, TypeError) as error:
+        reason = f"not what a run saves ({one_line(error)})"
+        raise ValueError(f"{folder}/last.pt: {reason}") from None
+
+
+def check_ranges(config) -> None:
+    """Raise ValueError, in one line, for a number that is not in its range."""
+    for field in fields(config):
+        value, number = getattr(config, field.name), kind(field)
+        if number not in MOST or value is None:
+            continue
+        least, most = config.RANGES.get(field.name, (number is int, MOST[number]))
+        if not least <= value <= most:
+            raise ValueError(f"--{field.name} must be from {least:g} to {most:g}, not {value!r}")

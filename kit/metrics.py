@@ -1,0 +1,113 @@
+"""What a rollout and its updates show: the numbers of the log, and the completions of a look."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.problem import Problem
+from data.tokenizer import get_tokenizer
+from sample import Rollout
+
+Rewards = dict[str, Tensor]  # (B,) each: "reward", which is maximised, and its parts by name
+
+
+def weight_norm(model: nn.Module) -> float:
+    """The norm of all weights together. It tells of an update that broke them; the loss before the
+    update cannot."""
+    return torch.stack([weight.detach().norm() for weight in model.parameters()]).norm().item()
+
+
+def check_finite(stage: str, step: int, numbers: dict[str, float]) -> None:
+    """Raise FloatingPointError, in one line, for the first number that is NaN or infinite."""
+    for name, x in numbers.items():
+        if not math.isfinite(x):
+            advice = "what was saved before is untouched; a lower learning rate may help"
+            raise FloatingPointError(f"{stage} stopped at step {step + 1}: {name} is {x}; {advice}")
+
+
+def rollout_metrics(problems: list[Problem], rollout: Rollout, rewards: Rewards) -> dict:
+    """Means over all rows of a rollout."""
+    G = len(rollout.tokens) // len(problems)
+    groups = rewards["reward"].view(-1, G)
+    tokens = torch.from_numpy(rollout.ends - rollout.starts).float()
+    metrics = {
+        **{name: values.mean().item() for name, values in rewards.items()},
+        **{f"{name}_std": values.std().item() for name, values in rewards.items()},  # over all rows
+        "completion_tokens": tokens.mean().item(),
+        "entropy": rollout.entropy.sum().item() / tokens.sum().item(),
+        "cut": 1 - rollout.finished.float().mean().item(),  # share that met --max_new_tokens
+        "no_signal": (groups == groups[:, :1]).all(dim=1).float().mean().item(),  # equal rewards
+    }
+    if "accuracy" in rewards:
+        parts = {"right": rewards["accuracy"] == 1, "wrong": rewards["accuracy"] != 1}
+        metrics |= {
+            f"{name}_tokens": tokens[rows].mean().item()
+            for name, rows in parts.items()
+            if rows.any()
+        }
+    asked = sorted({problem.language for problem in problems})
+    for language in asked if len(asked) > 1 else ():
+        rows = torch.tensor([problem.language == language for problem in problems])
+        rows = rows.repeat_interleave(G)
+        metrics |= {
+            f"{name}_{language}": values[rows].mean().item() for name, values in rewards.items()
+        }
+    return metrics
+
+
+def totals(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The metrics of an update, from its micro-batches: sums, but the largest of "logp_gap". One
+    read of the device."""
+    if not parts:
+        return {"tokens": 0.0, "loss": 0.0, "logp_gap": 0.0}
+    names = list(parts[0])
+    rows = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts])
+    columns = dict(zip(names, zip(*rows.tolist())))
+    return {name: (max if name == "logp_gap" else sum)(column) for name, column in columns.items()}
+
+
+def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a step, from its updates: means over tokens, or over the updates. A step
+    without any signal has no tokens, and so no means over them."""
+    by_update, tokens = (
+        ("loss", "grad_norm", "weight_norm"),
+        sum(sums["tokens"] for sums in updates),
+    )
+    by_token = dict.fromkeys(name for sums in updates for name in sums)
+    by_token = [name for name in by_token if name not in (*by_update, "tokens", "logp_gap")]
+    return {
+        **{
+            name: sum(sums.get(name, 0) for sums in updates) / tokens for name in by_token if tokens
+        },
+        **{name: float(np.mean([sums[name] for sums in updates])) for name in by_update},
+        "logp_gap": updates[0]["logp_gap"],  # sampler and trainer are one policy before any update
+    }
+
+
+def told(
+    problems: list[Problem], rollout: Rollout, rewards: Rewards, advantages: Tensor, count: int
+) -> list[dict]:
+    """What a rollout says to the first `count` problems, token by token, as looks.jsonl holds
+    it."""
+    tokenizer, G = get_tokenizer(), len(rollout.tokens) // len(problems)
+
+    def completion(row: int) -> dict:
+        said = slice(rollout.starts[row], rollout.ends[row])
+        return {
+            "tokens": [tokenizer.decode([token]) for token in rollout.tokens[row, said].tolist()],
+            "logps": [round(x, 4) for x in rollout.logps[row, said].tolist()],
+            "entropy": [round(x, 4) for x in rollout.entropy[row, said].tolist()],
+            "rewards": {name: round(values[row].item(), 4) for name, values in rewards.items()},
+            "advantage": [round(x, 4) for x in advantages[row].flatten().tolist()],
+        }
+
+    return [
+        {
+            "prompt": problem.prompt,
+            "answer": problem.answer,
+            "completions": [completion(row) for row in range(i * G, (i + 1) * G)],
+        }
+        for i, problem in enumerate(problems[:count])
+    ]
