@@ -230,7 +230,7 @@ def imitate(
         tokens, mask = (x.to(config.device) for x in batch(step))
         loss = -token_logps(model(tokens), tokens)[mask].mean()
         loss.backward()
-        rate = learning_rate(lr, step, steps, warmup=100, decay_from=0.3)
+        rate = learning_rate(lr, step, steps, warmup=min(100, steps // 10 + 1), decay_from=0.3)
         recent[0, step % LOG_EVERY] = loss.detach()
         recent[1, step % LOG_EVERY] = optimizer_step(model, optimizer, rate, config.max_grad_norm)
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
@@ -289,7 +289,7 @@ def micro_batches(
 ) -> Iterator[tuple[np.ndarray, slice]]:
     """Cut rows into micro-batches of like length, so that little is padding. Each comes with its
     columns: from the last token of its shortest prompt to the end of its longest completion."""
-    rows = rows[torch.from_numpy(rollout.ends[rows]).sort()[1].numpy()]
+    rows = rows[np.argsort(rollout.ends[rows], kind="stable")]
     for part in np.array_split(rows, math.ceil(len(rows) / size)) if len(rows) else ():
         yield part, slice(rollout.starts[part].min() - 1, rollout.ends[part].max())
 
