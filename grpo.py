@@ -31,11 +31,18 @@ from torch import Tensor
 
 # -------------------------------------------------------------------------------------- advantages
 
-SCALES = {  # what divides the rewards, once their group's mean is subtracted; groups are (P, G)
-    "std": lambda groups, eps: groups.std(dim=1, keepdim=True) + eps,
-    "none": lambda groups, eps: 1.0,
-    "batch": lambda groups, eps: groups.std() + eps,  # one deviation for all questions
-    "leave_one_out": lambda groups, eps: 1 - 1 / groups.shape[1],  # gives r_i - mean of the others
+
+def less_mean(groups: Tensor) -> Tensor:
+    """Each reward less the mean of its group, (P, G)."""
+    return groups - groups.mean(dim=1, keepdim=True)
+
+
+# row(groups, eps) gives the advantages, (P, G), of the rewards, (P, G): G outputs of P questions.
+ADVANTAGES = {
+    "std": lambda groups, eps: less_mean(groups) / (groups.std(dim=1, keepdim=True) + eps),
+    "none": lambda groups, eps: less_mean(groups),
+    "batch": lambda groups, eps: less_mean(groups) / (groups.std() + eps),  # of all questions
+    "leave_one_out": lambda groups, eps: less_mean(groups) / (1 - 1 / groups.shape[1]),
 }
 
 
@@ -45,17 +52,18 @@ def group_advantages(
     """Advantages (B,) of `rewards` (B,), float, as in section 4.1.2: each reward against its group
     of `group_size` adjacent rows. A group of equal rewards gets exactly 0.
 
-    The group's mean is subtracted, and `scale` says what then divides:
+    `scale` names a row of ADVANTAGES. The rows there subtract the group's mean, and divide by
 
         "std"            the standard deviation of the group, over n - 1, plus `eps`
         "none"           nothing
-        "batch"          the standard deviation of all rewards plus `eps`
+        "batch"          the standard deviation of all rewards, over n - 1, plus `eps`
         "leave_one_out"  1 - 1 / group_size: subtracts the mean of the others (Kool et al. 2019)
 
     Reads the rewards back to check them, so call it once a step. Raises ValueError for an unknown
-    scale, for groups of fewer than 2, and for rewards that are not finite or do not fill groups.
+    scale, for groups of fewer than 2, for rewards that are not finite or do not fill groups, and
+    for a row that gives another shape.
     """
-    _check_name("scale", scale, SCALES)
+    _check_name("scale", scale, ADVANTAGES)
     if group_size < 2:
         raise ValueError(f"a group must have at least 2 outputs, not {group_size}")
     if rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
@@ -67,10 +75,11 @@ def group_advantages(
         seen = f"{len(wrong)} of {len(rewards)} are not, the first is {wrong[0]}"
         raise ValueError(f"rewards must be finite: {seen}")
     groups = rewards.view(-1, group_size)  # (P, G)
-    centered = groups - groups.mean(dim=1, keepdim=True)
+    advantages = ADVANTAGES[scale](groups, eps)  # (P, G)
+    _check_given(f'scale "{scale}"', advantages, groups.shape)
     # Find silent groups by comparing rewards, not by std == 0: a rounded mean leaves 1e-8.
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
-    return (centered / SCALES[scale](groups, eps)).masked_fill(equal, 0.0).flatten()
+    return advantages.masked_fill(equal, 0.0).flatten()
 
 
 # ------------------------------------------------------------------------------- log-probabilities
@@ -93,9 +102,11 @@ def token_logps(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Ten
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy in nats, (B, T), of the distribution that each token was drawn from, given `logits`
-    (B, T, V). Raises ValueError as `token_logps` does."""
+    (B, T, V). A logit of -inf, as top-k leaves it, adds 0. Raises ValueError as `token_logps`
+    does."""
     logps = _scaled(logits, temperature).log_softmax(dim=-1)
-    return _shift(-(logps.exp() * logps).sum(dim=-1))
+    # Fill before the product: 0 * -inf is nan, and so is its gradient.
+    return _shift(-(logps.exp() * logps.masked_fill(logps == -math.inf, 0.0)).sum(dim=-1))
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
@@ -117,12 +128,12 @@ def _shift(x: Tensor) -> Tensor:
 MAX_LOG_RATIO = 10.0
 
 
-def k3(ref_log_ratio: Tensor) -> Tensor:
-    """pi_ref / pi - log(pi_ref / pi) - 1 (eq. 4), given log(pi_ref / pi). Where the reference finds
-    a token more than e^10 times likelier, the value stays constant and the gradient is 0."""
+def k3(log_ratio: Tensor) -> Tensor:
+    """q / p - log(q / p) - 1 (eq. 4, where p is pi and q is pi_ref), given log(q / p). Where q
+    finds a token more than e^10 times likelier, the value stays constant and the gradient is 0."""
     # Clamp before exp: after it, the gradient would be 0 * inf = nan.
-    ref_log_ratio = ref_log_ratio.clamp(max=MAX_LOG_RATIO)
-    return torch.expm1(ref_log_ratio) - ref_log_ratio
+    log_ratio = log_ratio.clamp(max=MAX_LOG_RATIO)
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def k3_ratio(ref_log_ratio: Tensor, ratio: Tensor) -> Tensor:
@@ -135,19 +146,20 @@ def k3_ratio(ref_log_ratio: Tensor, ratio: Tensor) -> Tensor:
     return ref_over_old - ratio * (ref_log_ratio + 1)
 
 
-# Estimators of KL(p || q), given log(q / p) of tokens sampled from p. Either p is the policy and q
-# the reference, or p is the old policy and q the new policy.
+# row(ref_log_ratio, ratio) gives an estimate of KL(pi || pi_ref) at each token, (B, T), for
+# log(pi_ref / pi) and the differentiable pi / pi_old, (B, T) each.
 KL_ESTIMATORS = {
-    "k1": lambda log_ratio: -log_ratio,
-    "k2": lambda log_ratio: log_ratio**2 / 2,
-    "k3": k3,
+    "k1": lambda ref_log_ratio, ratio: -ref_log_ratio,
+    "k2": lambda ref_log_ratio, ratio: ref_log_ratio**2 / 2,
+    "k3": lambda ref_log_ratio, ratio: k3(ref_log_ratio),
+    "k3_ratio": k3_ratio,
 }
-KL_TERMS = (*KL_ESTIMATORS, "k3_ratio")  # what beta can weigh
 
 
 def kl_penalty(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
-    """An estimate of KL(pi || pi_ref) at each token, (B, T), for tokens sampled from pi (Schulman
-    2020). Raises ValueError for an unknown kind and for shapes that differ.
+    """An estimate of KL(pi || pi_ref) at each token, of the shape of `logps` and `ref_logps`, for
+    tokens sampled from pi (Schulman 2020). `kind` names a row of KL_ESTIMATORS. Raises ValueError
+    for an unknown kind and for shapes that differ.
 
     As a value, "k1" and "k3" are unbiased, and k3 is never negative. As a term of a loss they do
     something else. The expected gradient, over tokens that the policy sampled, is
@@ -155,16 +167,19 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
         "k1"         0: nothing but noise
         "k2"         the gradient of KL(pi || pi_ref), the reverse KL
         "k3"         the gradient of KL(pi_ref || pi), the forward KL: what the paper publishes
-        "k3_ratio"   the gradient of the reverse KL, for tokens of an older policy too
+        "k3_ratio"   the gradient of the reverse KL
 
     This holds at each position, given the prefixes that were sampled. It also needs a divisor of
     the loss that does not depend on the sample, as 1/|o_i| does. For tokens that the policy has all
-    but lost, k3 says too little: beyond a ratio of e^10 it is constant. "k3_ratio" is for
-    `policy_loss` alone, which has the ratio.
+    but lost, k3 says too little: beyond a ratio of e^10 it is constant. In `policy_loss`, which has
+    the ratio to an older policy, "k3_ratio" keeps its gradient for the tokens of that policy.
     """
     _check_name("kind", kind, KL_ESTIMATORS)
     _check_shapes(logps, ref_logps=ref_logps)
-    return KL_ESTIMATORS[kind](ref_logps - logps)
+    ratio = (logps - logps.detach()).exp()  # on-policy: its value is 1, its gradient is not 0
+    penalty = KL_ESTIMATORS[kind](ref_logps - logps, ratio)
+    _check_given(f'kind "{kind}"', penalty, logps.shape)
+    return penalty
 
 
 # --------------------------------------------------------------- the independent choices of a loss
@@ -249,7 +264,8 @@ class Variant:
     A ratio of None makes the variant on-policy, and its surrogate gets None. A surrogate without a
     clip has None for both bounds. Else the ratio is clipped to [1 - clip_low, 1 + clip_high]. To
     count clipped tokens, `policy_loss` calls the surrogate again with infinite bounds: hand it
-    other parameters through functools.partial. `scale` is what to pass to `group_advantages`.
+    other parameters through functools.partial. `scale` names the row of ADVANTAGES that goes with
+    the loss.
     """
 
     source: str
@@ -332,10 +348,10 @@ def policy_loss(
     logps       (B, T) float32 or float64; the gradient flows through them
     advantages  (B,), or (B, T) for one advantage per token
     mask        (B, T) bool, True on the tokens of the outputs
-    old_logps   (B, T) of the policy that sampled; None where this very policy did
-    ref_logps   (B, T) of the reference; needed where beta > 0
+    old_logps   (B, T), like logps, of the policy that sampled; None where this very policy did
+    ref_logps   (B, T), like logps, of the reference; needed where beta > 0
     clip_low, clip_high  replace the variant's own bounds; inf switches a side off
-    kl          what beta weighs: a row of KL_TERMS; `kl_penalty` says which gradient each gives
+    kl          what beta weighs, a row of KL_ESTIMATORS: `kl_penalty` says which gradient each has
     normalizer  `loss_normalizer` of the optimizer step that these rows are part of; None takes
                 these rows for the whole step, and reads their mask back
 
@@ -346,8 +362,9 @@ def policy_loss(
     pi sampled the tokens.
 
     Raises ValueError for unknown names, shapes that would broadcast, a mask that is not bool, and
-    logps below float32. Bounds and beta must be at least 0, the normalizer above 0. beta > 0 needs
-    ref_logps. A variant without a ratio takes no old_logps, a variant without a clip no bounds.
+    log-probabilities below float32. Bounds and beta must be at least 0, the normalizer above 0.
+    beta > 0 needs ref_logps. A variant without a ratio takes no old_logps, a variant without a clip
+    no bounds. A row's function must give the shape that its table says.
     """
     _check_name("variant", variant, VARIANTS)
     row = VARIANTS[variant]
@@ -358,6 +375,8 @@ def policy_loss(
     )
     if normalizer is None:
         normalizer = loss_normalizer(mask, variant, max_tokens)
+    if not normalizer > 0:
+        raise ValueError(f"normalizer must be above 0, not {normalizer}")
 
     if advantages.dim() == 1:
         advantages = advantages[:, None].expand_as(logps)  # the same for every token of an output
@@ -368,14 +387,15 @@ def policy_loss(
 
     ratio = row.ratio(log_ratio, mask) if row.ratio else None
     objective = surrogate = row.surrogate(ratio, logps, advantages, clip_low, clip_high)
+    _check_given(f'variant "{variant}": surrogate', surrogate, mask.shape)
     if ref_logps is not None:
         ref_log_ratio = ref_logps.detach().masked_fill(~mask, 0.0) - logps
-    if beta > 0 and kl == "k3_ratio":
-        objective = surrogate - beta * k3_ratio(ref_log_ratio, token_ratio(log_ratio, mask))
-    elif beta > 0:
-        objective = surrogate - beta * KL_ESTIMATORS[kl](ref_log_ratio)
+    if beta > 0:
+        penalty = KL_ESTIMATORS[kl](ref_log_ratio, token_ratio(log_ratio, mask))
+        _check_given(f'kl "{kl}"', penalty, mask.shape)
+        objective = surrogate - beta * penalty
     per_output = row.per_output(objective, mask)
-    _check_row(variant, surrogate, per_output, normalizer, mask)
+    _check_given(f'variant "{variant}": per_output', per_output, mask.shape[:1])
     loss = -per_output.sum() / normalizer
 
     with torch.no_grad():
@@ -384,9 +404,9 @@ def policy_loss(
             clipped = surrogate != row.surrogate(ratio, logps, advantages, math.inf, math.inf)
             low, high = clipped & (ratio < 1), clipped & (ratio > 1)
             metrics |= {"ratio": ratio, "clip_low": low, "clip_high": high}
-            metrics |= {f"{kind}_old": KL_ESTIMATORS[kind](log_ratio) for kind in ("k1", "k3")}
+            metrics |= {"k1_old": -log_ratio, "k3_old": k3(log_ratio)}
         if ref_logps is not None:
-            metrics |= {f"{kind}_ref": KL_ESTIMATORS[kind](ref_log_ratio) for kind in ("k1", "k3")}
+            metrics |= {"k1_ref": -ref_log_ratio, "k3_ref": k3(ref_log_ratio)}
         return loss, {name: value.masked_fill(~mask, 0).sum() for name, value in metrics.items()}
 
 
@@ -407,9 +427,11 @@ def _check_loss(
 ) -> None:
     """Raise ValueError for what `policy_loss` cannot take, given the bounds that are in force."""
     row, shape = VARIANTS[variant], tuple(logps.shape)
-    _check_name("kl", kl, KL_TERMS)
-    if logps.dim() != 2 or logps.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"logps must be (B, T), float32 or float64, not {shape} {logps.dtype}")
+    _check_name("kl", kl, KL_ESTIMATORS)
+    for name, x in {"logps": logps, "old_logps": old_logps, "ref_logps": ref_logps}.items():
+        if x is not None and (x.dim() != 2 or x.dtype not in (torch.float32, torch.float64)):
+            seen = f"{tuple(x.shape)} {x.dtype}"
+            raise ValueError(f"{name} must be (B, T), float32 or float64, not {seen}")
     _check_shapes(logps, mask=mask, old_logps=old_logps, ref_logps=ref_logps)
     if advantages.shape not in (logps.shape, logps.shape[:1]):
         given = tuple(advantages.shape)
@@ -432,16 +454,10 @@ def _check_loss(
         raise ValueError(f"clip_low {clip_low} and clip_high {clip_high} must be at least 0")
 
 
-def _check_row(
-    variant: str, surrogate: Tensor, per_output: Tensor, normalizer: float, mask: Tensor
-) -> None:
-    """Raise ValueError where the functions of a variant give what cannot be a loss."""
-    if surrogate.shape != mask.shape or per_output.shape != mask.shape[:1]:
-        shapes = f"{tuple(surrogate.shape)} and {tuple(per_output.shape)}"
-        reason = f"surrogate and per_output must give (B, T) and (B,), not {shapes}"
-        raise ValueError(f'variant "{variant}": {reason}')
-    if not normalizer > 0:
-        raise ValueError(f"normalizer must be above 0, not {normalizer}")
+def _check_given(what: str, x: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError where a row's function gives another shape, which might broadcast."""
+    if x.shape != shape:
+        raise ValueError(f"{what} must give the shape {tuple(shape)}, not {tuple(x.shape)}")
 
 
 def _check_name(what: str, name: str, known: object) -> None:

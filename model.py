@@ -10,11 +10,13 @@ B rows; T token positions; S positions held in the cache; V vocabulary.
 
 import contextlib
 import copy
+import hashlib
 import io
 import math
 import os
 import pickle
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +38,7 @@ class ModelConfig:
     d_ff: int  # width of the feed-forward layer
     max_seq_len: int  # longest prompt plus completion, in tokens
     vocabulary: str = ""  # a name for the words that the ids stand for: `Tokenizer.fingerprint`
+    task: str = ""  # the row of data.TASKS whose words these are
 
     @property
     def head_dim(self) -> int:
@@ -156,6 +159,13 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
+def normal(shape: torch.Size, std: float, *key: object) -> Tensor:
+    """Normal numbers that depend on the key alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return std * torch.randn(shape, generator=generator)
+
+
 class Transformer(nn.Module):
     """The decoder. Raises ValueError where the config does not fit together."""
 
@@ -176,34 +186,50 @@ class Transformer(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
         self.init_weights()
 
-    def init_weights(self, seed: int = 0) -> None:
-        """Draw every weight of the model from a generator of its own: same seed, same model."""
-        generator = torch.Generator().manual_seed(seed)
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, pieces: Sequence[bytes] | None = None) -> None:
+        """Draw each weight by (seed, its name), and each row of the embedding by (seed, its token),
+        given the bytes of each token. So a token more, or a layer, changes no other number."""
+        rows = {
+            "embedding.weight": pieces or range(self.config.vocab_size),
+            "position.weight": range(self.config.max_seq_len),
+        }
         for name, weight in self.named_parameters():
             if weight.dim() == 1:  # the gains of the norms
-                nn.init.ones_(weight)
-            elif name.startswith(("embedding", "position")):
-                nn.init.normal_(weight, std=0.02, generator=generator)
+                weight.fill_(1.0)
+            elif name in rows:
+                for row, key in zip(weight, rows[name], strict=True):
+                    row.copy_(normal(row.shape, 0.02, seed, name, key))
             else:
                 # A layer keeps the scale of its input. The layers that write to the residual stream
                 # share that scale among them.
                 writes = name.endswith(("out.weight", "down.weight"))
                 scale = 1 / math.sqrt(2 * self.config.n_layer) if writes else 1.0
-                nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]), generator=generator)
+                std = scale / math.sqrt(weight.shape[1])
+                weight.copy_(normal(weight.shape, std, seed, name))
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, first: int = 0) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        first: int = 0,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T - first, V) for what follows each of `tokens` (B, T) int64 from column
         `first` on, in float32 at least. Raises ValueError for more tokens than the context holds.
 
-        Without a cache, rows start at position 0 and are right-padded: attention is causal, so
-        padding never reaches a real token. With a cache, the tokens continue each row after its
-        `cache.lengths` positions.
+        Without a cache, rows start at position 0, or have the `positions` (B, T) int64, and are
+        right-padded: attention is causal, so padding never reaches a real token. With a cache, the
+        tokens continue each row after its `cache.lengths` positions.
         """
         T = tokens.shape[1]
+        if positions is not None and cache is not None:
+            raise ValueError("with a cache the positions follow from its lengths: give none")
         if T > self.config.max_seq_len:
             raise ValueError(f"{T} tokens exceed the context of {self.config.max_seq_len}")
         if cache is None:
-            positions = torch.arange(T, device=tokens.device)[None]  # (1, T), for every row
+            if positions is None:
+                positions = torch.arange(T, device=tokens.device)[None]  # (1, T), for every row
             mask = None
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)  # (B, T)

@@ -18,7 +18,6 @@ import re
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 TAG = re.compile("(" + "|".join(TAGS) + ")")
-NUMBER = re.compile("-?[0-9]+")
 WORD = re.compile(r"[^\W\d_]+")
 WORDS_OF = {"en": re.compile("[A-Za-z]+"), "ko": re.compile("[가-힣]+")}
 MIN_WORDS = 4  # as in two steps: fewer words are no thought, as in " i know this"
@@ -32,21 +31,22 @@ def split_completion(completion: str) -> tuple[list[str], list[str]]:
 
 
 def extract_answer(completion: str) -> str | None:
-    """The number in the one answer tag, without the space around it, or None.
+    """The text in the one answer tag, without the space around it; None where there is none.
 
     The tags must be `<answer></answer>`, alone or after one closed thought. Two answers are a guess
-    too many, an answer within the thought is no answer, and "14 or 15" is not a number.
+    too many, and an answer within the thought is no answer. Whether the text is right, the task
+    says.
     """
     tags, texts = split_completion(completion)
     if tags not in (TAGS, TAGS[2:]):
         return None
-    answer = texts[-2].strip()
-    return answer if NUMBER.fullmatch(answer) else None
+    return texts[-2].strip() or None
 
 
 def accuracy_reward(completion: str, answer: str) -> float:
-    """1.0 if the number in the answer tag is `answer`, digit for digit, else 0.0. Never raises."""
-    return float(extract_answer(completion) == answer)
+    """1.0 if the text in the answer tag is `answer`, letter for letter, else 0.0. Never raises."""
+    given = extract_answer(completion)
+    return float(given is not None and given == answer)
 
 
 def format_reward(completion: str) -> float:
@@ -74,8 +74,25 @@ def language_consistency_reward(completion: str, language: str) -> float:
     return sum(bool(in_language.fullmatch(word)) for word in words) / len(words)
 
 
+def is_right(completion: str, problem) -> bool | None:
+    """Whether the problem's task finds the answer right; None where it has no rule."""
+    given = extract_answer(completion)
+    right = problem.is_right(given or "")
+    return None if right is None else right and given is not None
+
+
+def accuracy(completion: str, problem) -> float:
+    """1.0 if the answer is right, else 0.0. Raises ValueError for a problem that has no rule:
+    nothing could earn this point."""
+    right = is_right(completion, problem)
+    if right is None:
+        reason = f"the task {problem.task} has a problem without a rule"
+        raise ValueError(f"{reason}: leave accuracy out of --rewards")
+    return float(right)
+
+
 RULES = {  # what --rewards can weigh: functions of a completion's text and its problem
-    "accuracy": lambda text, problem: accuracy_reward(text, problem.answer),
+    "accuracy": accuracy,
     "format": lambda text, problem: format_reward(text),
     "language": lambda text, problem: language_consistency_reward(text, problem.language),
 }

@@ -3,13 +3,17 @@ model.
 
     python sample.py "7 + 8 - 3"          # the newest run thinks and answers
     python sample.py "7 + 8 - 3" -n 8     # a group of 8, with its rewards and advantages
-    python sample.py "7 더하기 8 빼기 3"     # in Korean, for a model trained with --languages en,ko
+    python sample.py "7 더하기 8 빼기 3"     # in Korean, for a model of --task chains-en-ko
     python sample.py                      # asks for problems
 
 B rows, G of them for each of P prompts; T token positions; V vocabulary.
 """
 
 import argparse
+import contextlib
+import importlib
+import itertools
+import json
 import math
 import os
 import sys
@@ -24,15 +28,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.arithmetic import parse_problem
-from data.languages import language_of
+from data import TASKS, get_tokenizer
 from data.problem import Problem
-from data.tokenizer import Tokenizer, get_tokenizer
-from grpo import group_advantages
+from data.tokenizer import Tokenizer
+from grpo import VARIANTS, group_advantages
 from model import KVCache, Transformer, load_model
-from rewards import accuracy_reward, extract_answer, format_reward
+from rewards import RULES, extract_answer, rule_weights
 
 LOOK_EVERY = 4  # tokens between two looks at which rows have finished
+MOST_COMPLETIONS = 4096  # that the command samples at once
 WORTH_COMPACTING = 0.9  # drop finished rows once fewer than this share run: it copies the cache
 
 
@@ -230,9 +234,14 @@ def complete(
     model: Transformer, problems: list[Problem], generate: Callable = generate, **how
 ) -> Rollout:
     """Completions of the prompts of these problems; `how` is what `generate` takes beside them."""
-    tokenizer = get_tokenizer()
+    tokenizer = tokenizer_of(model)
     prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     return generate(model, prompts, eos_id=tokenizer.eos_id, **how)
+
+
+def tokenizer_of(model: Transformer) -> Tokenizer:
+    """The words that a model has learned: those of its task."""
+    return get_tokenizer(model.config.task)
 
 
 def decode_completions(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
@@ -245,13 +254,16 @@ def decode_completions(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
 # -------------------------------------------------------------------------------------- the command
 
 
-def load_policy(path: str | Path, tokenizer: Tokenizer, device: str = "cpu") -> Transformer:
-    """A model that speaks the tokenizer's words. Raises ValueError, in one line, for any other
+def load_policy(path: str | Path, device: str = "cpu") -> Transformer:
+    """A model that speaks the words of its task. Raises ValueError, in one line, for any other
     file."""
     model = load_model(path, device)
+    if model.config.task not in TASKS:
+        raise ValueError(f'{path} is a model of the task "{model.config.task}", which is not here')
+    tokenizer = tokenizer_of(model)
     found = (model.config.vocab_size, model.config.vocabulary)
     if found != (tokenizer.vocab_size, tokenizer.fingerprint):
-        raise ValueError(f"{path} learned other words: its vocabulary is not data/tokenizer.py's")
+        raise ValueError(f"{path} learned other words than data/ has for {model.config.task}")
     return model
 
 
@@ -264,29 +276,90 @@ def newest_checkpoint(runs: Path) -> Path:
     return found[-1]
 
 
-def answer(model: Transformer, problem: Problem, flags: argparse.Namespace) -> None:
-    """Print what the model says to a problem, and what the rules say to its completions."""
-    tokenizer = get_tokenizer()
-    room = model.config.max_seq_len - len(tokenizer.encode(problem.prompt))
-    how = {"max_new_tokens": max(1, room), "temperature": flags.temperature, "seed": flags.seed}
-    rollout = complete(model, [problem], group_size=flags.n, **how)
-    completions = decode_completions(rollout, tokenizer)
-    accuracy = [accuracy_reward(completion, problem.answer) for completion in completions]
-    form = [format_reward(completion) for completion in completions]
-    print(problem.prompt, end="")
-    if flags.n == 1:
-        given = extract_answer(completions[0])
-        verdict = (
-            f"{given} is right" if accuracy[0] else f"{given} is wrong: it is {problem.answer}"
-        )
-        verdict = "no answer that the rule can read" if given is None else verdict
-        print(f"{completions[0]}\n\n{verdict}  [{flags.checkpoint}]")
-        return
-    advantages = group_advantages(torch.tensor(accuracy) + torch.tensor(form), flags.n).tolist()
-    for a, f, advantage, completion in zip(accuracy, form, advantages, completions):
-        print(f"\n--- accuracy {a:.0f}  format {f:.0f}  advantage {advantage:+.2f}\n{completion}")
-    right = f"{sum(accuracy):.0f} of {flags.n} are right: the answer is {problem.answer}"
-    print(f"\n{right}  [{flags.checkpoint}]")
+class Talk:
+    """A model, and what is known of the run that trained it: its levels and rewards."""
+
+    def __init__(self, path: Path):
+        self.path, self.model = path, load_policy(path)
+        self.task = TASKS[self.model.config.task]
+        self.levels, self.rewards, scale = self.task.levels, "accuracy=1,format=1", "std"
+        if (path.parent / "config.json").is_file():
+            settings = json.loads((path.parent / "config.json").read_text())
+            self.levels = (settings["min_level"], settings["max_level"])
+            self.rewards, scale = settings["rewards"], VARIANTS[settings["variant"]].scale
+        self.weights, self.scale = rule_weights(self.rewards), scale
+
+    def introduce(self) -> str:
+        levels = f"levels {self.levels[0]} to {self.levels[1]}"
+        return f"{self.path}: it learned {self.task.name}, {levels}, such as {self.task.example}"
+
+    def ask(self, problem: Problem, n: int, temperature: float, seed: int) -> None:
+        """Print what the model says to a problem, and what the rules say to its completions."""
+        least, most = self.levels
+        if outside := self.task.outside(problem, range(least, most + 1)):
+            print(f"(outside of what it learned: {outside})")
+        tokenizer = tokenizer_of(self.model)
+        room = self.model.config.max_seq_len - len(tokenizer.encode(problem.prompt))
+        how = {"max_new_tokens": max(1, room), "temperature": temperature, "seed": seed}
+        rollout = complete(self.model, [problem], group_size=n, **how)
+        completions = decode_completions(rollout, tokenizer)
+        print(problem.prompt, end="")
+        if n == 1:
+            print(f"{completions[0]}\n\n{self.verdict(problem, completions[0])}")
+        else:
+            self.print_group(problem, completions)
+
+    def verdict(self, problem: Problem, completion: str) -> str:
+        given = extract_answer(completion)
+        if given is None:
+            return "no answer that the rules can read"
+        right = problem.is_right(given)
+        if right is None:
+            return f"{given}: no rule says whether this is right"
+        return f"{given} is right" if right else f"{given} is wrong: {problem.answer} is right"
+
+    def print_group(self, problem: Problem, completions: list[str]) -> None:
+        """Each completion with its rewards and its advantage, by the rules of its training."""
+        scores = {
+            name: [RULES[name](text, problem) for text in completions] for name in self.weights
+        }
+        rewards = sum(weight * torch.tensor(scores[name]) for name, weight in self.weights.items())
+        advantages = group_advantages(rewards, len(completions), self.scale).tolist()
+        for i, completion in enumerate(completions):
+            shown = "  ".join(f"{name} {values[i]:g}" for name, values in scores.items())
+            print(f"\n--- {shown}  advantage {advantages[i]:+.2f}\n{completion}")
+        print(f"\nrewarded for {self.rewards}; a right answer is {problem.answer}")
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """Raise ValueError, in one line, for a number that cannot be."""
+    if not 1 <= flags.n <= MOST_COMPLETIONS:
+        raise ValueError(f"-n must be from 1 to {MOST_COMPLETIONS}")
+    if flags.temperature != 0 and not 0.001 <= flags.temperature < math.inf:
+        raise ValueError("--temperature must be 0 or at least 0.001")
+    if flags.seed is not None and not 0 <= flags.seed < 2**63:
+        raise ValueError("--seed must be at least 0 and below 2**63")
+
+
+def converse(talk: Talk, flags: argparse.Namespace) -> None:
+    """Answer the problems that a person types, until an empty line, "quit", Ctrl-D or Ctrl-C. Each
+    answer has its own noise, unless --seed says which."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # arrow keys and a history, where there are any
+    print(f"{talk.introduce()}\nAsk for one, or quit.")
+    for count in itertools.count():
+        try:
+            line = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line in ("", "quit", "exit"):
+            return
+        try:
+            seed = count if flags.seed is None else flags.seed
+            talk.ask(talk.task.parse(line), flags.n, flags.temperature, seed)
+        except ValueError as error:
+            print(error)
 
 
 def main(arguments: list[str]) -> None:
@@ -299,37 +372,26 @@ def main(arguments: list[str]) -> None:
     )
     add = parser.add_argument
     add("problem", nargs="*", help="such as '7 + 8 - 3'; without one, problems are asked for")
-    add("--checkpoint", help="a model file [the newest out/*/r1_zero.pt]")
+    add("--checkpoint", type=Path, help="a model file [the newest out/*/r1_zero.pt]")
     add("-n", type=int, default=1, help="completions to sample [1]")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token [1.0]")
-    add("--seed", type=int, default=0, help="another seed, other completions [0]")
+    add(
+        "--seed",
+        type=int,
+        help="another seed, other completions [0; in a talk, a new one each time]",
+    )
     flags = parser.parse_args(arguments)
     try:
-        if flags.n < 1:
-            raise ValueError("-n must be at least 1")
-        if flags.temperature != 0 and not 0.001 <= flags.temperature < math.inf:
-            raise ValueError("--temperature must be 0 or at least 0.001")
-        if not 0 <= flags.seed < 2**63:
-            raise ValueError("--seed must be at least 0 and below 2**63")
-        typed = " ".join(flags.problem)
-        problem = parse_problem(typed, language_of(typed)) if typed else None
-        flags.checkpoint = flags.checkpoint or newest_checkpoint(Path("out"))
-        model = load_policy(flags.checkpoint, get_tokenizer())
-        if problem:
-            answer(model, problem, flags)
+        check_flags(flags)
+        talk = Talk(flags.checkpoint or newest_checkpoint(Path("out")))
+        if flags.problem:
+            print(talk.introduce())
+            problem = talk.task.parse(" ".join(flags.problem))
+            talk.ask(problem, flags.n, flags.temperature, flags.seed or 0)
     except ValueError as error:
         parser.error(str(error))
-    while problem is None:
-        try:
-            line = input("\nproblem (empty to leave): ")
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not line.strip():
-            break
-        try:
-            answer(model, parse_problem(line, language_of(line)), flags)
-        except ValueError as error:
-            print(error)
+    if not flags.problem:
+        converse(talk, flags)
 
 
 if __name__ == "__main__":

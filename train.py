@@ -8,8 +8,8 @@ rule-based rewards alone.
     python train.py --help                   # every knob
 
 Read from top to bottom: the knobs; what every stage shares; imitation, of which pretraining is one
-kind; GRPO; the job. A stage is a loop over `run.steps` (kit/run.py), and everything in it is a
-function of the seed and the step, but for what is named there.
+kind; GRPO; the job. A stage is a loop over `run.steps` (kit/run.py). Everything in a stage is a
+function of the seed and the step, except what is named in the call of `run.steps`.
 
 P prompts, G completions of each, B = P * G rows, the G of one prompt adjacent; T token positions.
 """
@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -30,20 +30,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.arithmetic import Task
-from data.batches import Batch, check_room, document_batches
-from data.corpus import SMALL_TEXT
+from data import TASKS, get_tokenizer
+from data.batches import Batch
+from data.corpus import check_room, document_batches
 from data.problem import Problem, sample_problems, stream
-from data.tokenizer import MAX_STEP, get_tokenizer
-from grpo import KL_TERMS, VARIANTS, group_advantages, loss_normalizer, policy_loss, token_logps
+from data.tokenizer import MAX_STEP, Tokenizer
+from grpo import (
+    KL_ESTIMATORS,
+    VARIANTS,
+    group_advantages,
+    loss_normalizer,
+    policy_loss,
+    token_logps,
+)
 from kit import flags, metrics
 from kit.captured import CapturedDecoder
-from kit.evaluate import BEYOND, evaluate, held_out_problems, table, write_samples
+from kit.evaluate import (
+    BEYOND,
+    compare_samples,
+    evaluate,
+    held_out_problems,
+    mean_measures,
+    table,
+    thought_of,
+)
 from kit.metrics import Rewards, check_finite, weight_norm
 from kit.run import Run, multiplies_in_bfloat16, open_run
 from model import ModelConfig, Transformer
-from rewards import RULES, rule_weights
-from sample import Rollout, complete, decode_completions, generate, load_policy
+from rewards import RULES, accuracy, is_right, rule_weights
+from sample import Rollout, complete, decode_completions, generate, load_policy, tokenizer_of
 
 # ---------------------------------------------------------------------------------------- the knobs
 
@@ -52,23 +67,20 @@ from sample import Rollout, complete, decode_completions, generate, load_policy
 class Config:
     """Every knob of a run. The comments are what `--help` prints."""
 
-    preset: str = "cpu"  # values for the rest: gpu (the default where CUDA is), cpu or tiny
-    variant: str = "grpo"  # row of grpo.VARIANTS: which objective
+    preset: str = "cpu"  # sizes, values for the rest
+    task: str = "chains"  # row of data.TASKS, what is asked
+    variant: str = "grpo"  # row of grpo.VARIANTS, the objective
     seed: int = 0  # of the weights, the documents, the problems and the sampling
-    out: str = ""  # folder of the run; must not exist; default out/<preset>-<variant>-seed<seed>
+    out: str = ""  # its folder, a new one; default out/<task>-<preset>-<variant>-seed<seed>
     init: str = ""  # a base model to start GRPO from, instead of pretraining one
     resume: str = ""  # folder of a stopped run to go on with; its settings hold, but for --device
-    device: str = "cpu"  # a torch device
-    dtype: str = "float32"  # of matrix products: float32 or bfloat16; weights stay float32
+    device: str = "cpu"  # a torch device; default cuda where there is one, else cpu
+    dtype: str = "float32"  # of matrix products; weights stay float32
     threads: int = 1  # CPU threads; a second one makes products this small slower
     deterministic: bool = False  # on a GPU: kernels that give the same bits each time; a CPU's do
     cuda_graphs: bool = False  # on a GPU: replay each decode step of a rollout as one CUDA graph
-    # task
-    min_level: int = 2  # operations in the shortest problem
-    max_level: int = 5  # operations in the longest one
-    operators: str = "+-"  # +- or +-*: with * no order but the chain's will do
-    max_total: int = 20  # limit of the running total
-    languages: str = "en"  # en or en,ko: of the questions, and of the documents
+    min_level: int = 0  # of the easiest problem; 0: the task's own
+    max_level: int = 0  # of the hardest problem; 0: the task's own
     # model
     n_layer: int = 3  # blocks
     n_head: int = 4  # query heads
@@ -93,7 +105,7 @@ class Config:
     clip_low: float | None = None  # the ratio may fall to 1 - this; None: the variant's own
     clip_high: float | None = None  # the ratio may rise to 1 + this; None: the variant's own
     beta: float = 0.0  # weight of the KL to the reference; 0: no reference at all
-    kl: str = "k3"  # what beta weighs: k1, k2, k3 (as published) or k3_ratio (grpo.kl_penalty)
+    kl: str = "k3"  # what beta weighs, row of grpo.KL_ESTIMATORS; k3 is as published
     reference_every: int = 0  # steps until the policy becomes the reference (R1: 400); 0: never
     rewards: str = "accuracy=1,format=1"  # rules of rewards.py and their weights; also language
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
@@ -104,12 +116,12 @@ class Config:
 
     CHOICES: ClassVar = {
         **{"preset": ["gpu", "cpu", "tiny"], "dtype": ["float32", "bfloat16"]},
-        **{"variant": list(VARIANTS), "kl": list(KL_TERMS)},
+        **{"task": TASKS, "variant": list(VARIANTS), "kl": list(KL_ESTIMATORS)},
     }
-    RANGES: ClassVar = {  # of the numbers that may be 0, or must be more than 1 or less than 2^31
+    RANGES: ClassVar = {  # the least and the most; of others 1 to 2^31, or 0 to 1e30 for floats
         **{"seed": (0, 2**63 - 1), "threads": (1, 1024), "reference_every": (0, 2**31 - 1)},
-        **{"max_level": (2, MAX_STEP - BEYOND), "max_seq_len": (SMALL_TEXT, 2**31 - 1)},
-        **{"group_size": (2, 2**31 - 1), "eval_samples": (8, 2**31 - 1)},
+        **dict.fromkeys(("min_level", "max_level"), (0, MAX_STEP - BEYOND)),
+        **{"max_seq_len": (48, 2**31 - 1), "eval_samples": (8, 2**31 - 1)},
         **dict.fromkeys(("lr", "pretrain_lr", "max_grad_norm"), (1e-12, 1e30)),
         **dict.fromkeys(("clip_low", "clip_high"), (0, math.inf)),  # inf: no clip on that side
         "temperature": (0.001, 1e6),  # completions that are all the same teach nothing
@@ -128,41 +140,41 @@ class Config:
         if row and row.clip_low is None and clip != (None, None):
             advice = "has no clip: leave --clip_low and --clip_high out"
             raise ValueError(f"--variant {self.variant} {advice}")
-        if self.cuda_graphs and not self.device.startswith("cuda") and not self.resume:
-            raise ValueError(f"--cuda_graphs needs a CUDA device, and --device is {self.device}")
-        if self.min_level > self.max_level:
-            raise ValueError(f"--min_level {self.min_level} is above --max_level {self.max_level}")
+        if not self.levels:
+            raise ValueError(f"--min_level {self.levels.start} is above --max_level")
+        if self.levels[-1] < 2:
+            raise ValueError("--max_level must be at least 2: level 1 is told apart")
         if self.pretrain_tokens < self.max_seq_len:
             advice = f"at least --max_seq_len {self.max_seq_len}, or a document may not fit"
             raise ValueError(f"--pretrain_tokens must be {advice}")
-        if self.eval_problems < len(self.levels) * len(self.task.languages):
-            raise ValueError("--eval_problems must be at least one for each level and language")
+        evaluated = [level for level in self.levels if level > 1]
+        kinds = len(evaluated) * len(TASKS[self.task].languages)
+        if self.eval_problems < kinds:
+            raise ValueError(f"--eval_problems must be at least {kinds}, one for each kind")
         rule_weights(self.rewards)
 
     @property
-    def task(self) -> Task:
-        return Task(self.operators, self.max_total, tuple(self.languages.split(",")))
-
-    @property
     def levels(self) -> range:
-        return range(self.min_level, self.max_level + 1)
+        """Of the problems, from the easiest to the hardest."""
+        least, most = TASKS[self.task].levels
+        return range(self.min_level or least, (self.max_level or most) + 1)
 
     @property
     def in_bfloat16(self) -> bool:
         """Whether matrix products are: where it was asked for, and the device is fast at it."""
         return self.dtype == "bfloat16" and multiplies_in_bfloat16(self.device)
 
-    @property
-    def default_out(self) -> str:
-        return f"out/{self.preset}-{self.variant}-seed{self.seed}"
+    def filled(self) -> "Config":
+        """The same with the defaults that depend on other settings."""
+        out = self.out or f"out/{self.task}-{self.preset}-{self.variant}-seed{self.seed}"
+        least, most = self.levels[0], self.levels[-1]
+        return replace(self, out=out, min_level=least, max_level=most)
 
 
 PRESETS = {
     "cpu": {},
     "gpu": {
-        **{"device": "cuda", "dtype": "bfloat16"},
-        **{"min_level": 1, "max_level": 8, "operators": "+-*", "max_total": 99},
-        **{"languages": "en,ko", "max_seq_len": 192, "max_new_tokens": 112},
+        **{"task": "chains-99", "dtype": "bfloat16", "max_seq_len": 192, "max_new_tokens": 112},
         **{"n_layer": 6, "n_head": 8, "n_kv_head": 4, "d_model": 256, "d_ff": 768},
         **{"pretrain_steps": 8000, "pretrain_tokens": 4096, "pretrain_lr": 2e-3},
         **{"steps": 150, "prompts": 128, "group_size": 16, "lr": 3e-4, "micro_batch": 512},
@@ -191,7 +203,7 @@ def make_optimizer(model: nn.Module, weight_decay: float = 0.0) -> torch.optim.A
         {"params": [w for w in model.parameters() if w.dim() == dim], "weight_decay": each}
         for dim, each in decay.items()
     ]
-    for weight in model.parameters():  # no gradient is a gradient of zero: momentum goes on
+    for weight in model.parameters():  # where no row teaches, AdamW's momentum still goes on
         weight.grad = torch.zeros_like(weight)
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
@@ -222,13 +234,13 @@ def imitate(
     steps: int,
     lr: float,
 ) -> None:
-    """Next-token prediction on batch(0), batch(1), ...: pretraining if these are the web,
-    fine-tuning if they are chosen. Changes the model in place."""
+    """Next-token prediction on batch(0), batch(1), ... On the web in miniature this is pretraining,
+    on chosen documents it is fine-tuning. Changes the model in place."""
     optimizer = make_optimizer(model, weight_decay=0.1)
     recent = torch.zeros(2, LOG_EVERY, device=config.device)  # losses and norms not yet logged
     for step in run.steps(stage, steps, model, optimizer=optimizer, recent=recent):
-        tokens, mask = (x.to(config.device) for x in batch(step))
-        loss = -token_logps(model(tokens), tokens)[mask].mean()
+        tokens, mask, positions = (x if x is None else x.to(config.device) for x in batch(step))
+        loss = -token_logps(model(tokens, positions=positions), tokens)[mask].mean()
         loss.backward()
         rate = learning_rate(lr, step, steps, warmup=min(100, steps // 10 + 1), decay_from=0.3)
         recent[0, step % LOG_EVERY] = loss.detach()
@@ -247,11 +259,11 @@ OBJECTIVE = ("variant", "clip_low", "clip_high", "beta", "kl")  # settings that 
 Reward = Callable[[list[Problem], Rollout, int], Rewards]  # of the problems, rollout, step
 
 
-def rules(weights: dict[str, float]) -> Reward:
+def rules(weights: dict[str, float], tokenizer: Tokenizer) -> Reward:
     """The weighted sum of rules, and each rule by its name."""
 
     def reward(problems: list[Problem], rollout: Rollout, step: int) -> Rewards:
-        texts = decode_completions(rollout, get_tokenizer())
+        texts = decode_completions(rollout, tokenizer)
         G = len(texts) // len(problems)
         pairs = [(text, problems[row // G]) for row, text in enumerate(texts)]
         parts = {name: torch.tensor([RULES[name](*pair) for pair in pairs]) for name in weights}
@@ -265,7 +277,7 @@ def sample(
 ) -> tuple[list[Problem], Rollout]:
     """The problems of a step, and G completions of each by the policy as it is now."""
     rng, P = stream(config.seed, "problems", step), config.prompts
-    problems = sample_problems(rng, config.task, config.levels, P, first=step * P)
+    problems = sample_problems(rng, TASKS[config.task], config.levels, P, first=step * P)
     rollout = complete(
         policy,
         problems,
@@ -308,7 +320,8 @@ def logps_of(
 def rollout_logps(
     model: Transformer, rollout: Rollout, rows: np.ndarray, size: int, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probabilities (B, T) of the sampled tokens of these rows; elsewhere the sampler's own."""
+    """Log-probabilities (B, T) under a model of the sampled tokens of these rows. All other places
+    keep the sampler's log-probabilities."""
     logps = rollout.logps.clone()
     for part, columns in micro_batches(rollout, rows, size):
         found = logps_of(model, rollout, part, columns, temperature)
@@ -323,10 +336,11 @@ def loss_inputs(
     rollout: Rollout,
     advantages: Tensor,
 ) -> tuple[dict[str, Tensor], np.ndarray]:
-    """What `policy_loss` takes beside logps, (B, T) each, given advantages (B,) or (B, T). Also
-    which rows teach, (B,) bool on the host.
+    """What `policy_loss` takes beside logps, (B, T) each, given advantages (B,) or (B, T); and the
+    rows that teach, (B,) bool on the host.
 
-    Without a KL, a row without an advantage adds exactly nothing to the gradient: it is left out.
+    A row without an advantage adds exactly nothing to the gradient, unless there is a KL. Such a
+    row does not go through the model.
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None].expand(rollout.mask.shape)  # the same for every token
@@ -378,12 +392,13 @@ def grpo(
     sample: Callable = sample,
     advantage: Callable = outcome_advantages,
 ) -> None:
-    """Algorithm 1 of DeepSeekMath (Shao et al. 2024); its line numbers at the right. Its two outer
-    loops are one here: the reference is refreshed every so many steps of the same count.
+    """Algorithm 1 of DeepSeekMath (Shao et al. 2024); its line numbers at the right. The paper's
+    outer loop is here the refresh of the reference, every `reference_every` steps.
 
     Changes the policy in place. `sample(config, policy, step)` gives the problems and the rollout
-    of a step, `reward(problems, rollout, step)` its rewards (B,) by name, of which "reward" is
-    maximised, and `advantage(config, rewards, rollout)` the advantages, (B,) or (B, T).
+    of a step. `reward(problems, rollout, step)` gives its rewards by name, (B,) each and on the
+    host; "reward" is maximised. `advantage(config, rewards, rollout)` gives (B,) or (B, T). Looks
+    at held-out problems ask for both too. Raises ValueError for rewards of another shape.
     """
     optimizer = make_optimizer(policy)
     reference = copy.deepcopy(base) if config.beta else None  # line 3
@@ -391,6 +406,7 @@ def grpo(
         started = time.perf_counter()
         problems, rollout = sample(config, policy, step)  # lines 5-7
         rewards = reward(problems, rollout, step)  # line 8
+        metrics.check_rewards(rewards, rollout, len(problems) * config.group_size)
         advantages = advantage(config, rewards, rollout)  # line 9
         inputs, teaches = loss_inputs(config, policy, reference, rollout, advantages)
         sampled = time.perf_counter()
@@ -400,7 +416,7 @@ def grpo(
         for epoch in range(config.inner_epochs):  # line 10
             order = list(range(len(advantages)))
             stream(config.seed, "minibatches", step * config.inner_epochs + epoch).shuffle(order)
-            for rows in np.array_split(order, config.minibatches):
+            for rows in np.array_split(order, min(config.minibatches, len(order))):
                 sums = add_gradient(config, policy, rollout, inputs, rows, teaches)
                 norm = optimizer_step(policy, optimizer, lr, config.max_grad_norm)  # line 11
                 sums |= {"grad_norm": norm.item(), "weight_norm": weight_norm(policy)}
@@ -415,12 +431,15 @@ def grpo(
         look = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
         if look:
             record |= look_at_held_out(config, run, policy, base, reward, advantage)
-        names = ("accuracy", "format", "completion_tokens", "entropy", "held_out_accuracy")
-        run.show({name: record[name] for name in names if name in record}, keep=look)
+        run.show(
+            {short: record[name] for name, short in SHORT.items() if name in record}, keep=look
+        )
         run.log(record)
 
 
 LOOKS, SHOWN = 64, 3  # problems of a look; how many of them looks.jsonl shows
+SHORT = {"accuracy": "acc", "format": "fmt", "completion_tokens": "len", "entropy": "ent"}
+SHORT |= {"held_out_accuracy": "held"}  # what stands beside the bar, within 80 columns
 
 
 def look_at_held_out(
@@ -439,73 +458,96 @@ def look_at_held_out(
     rollout = complete(policy, problems, seed=seed, **how)
     rewards = reward(problems, rollout, run.step)
     advantages = advantage(config, rewards, rollout)
-    run.look({"problems": metrics.told(problems, rollout, rewards, advantages, SHOWN)})
-    rows = np.arange(len(advantages))
+    tokenizer, rows = tokenizer_of(policy), np.arange(len(rollout.tokens))
+    run.look({"problems": metrics.told(problems, rollout, rewards, advantages, SHOWN, tokenizer)})
     log_ratio = rollout.logps - rollout_logps(base, rollout, rows, config.micro_batch)
-    right = rules({"accuracy": 1.0})(problems, rollout, run.step)["accuracy"]
-    kl = log_ratio.sum() / rollout.mask.sum()
-    return {"held_out_accuracy": right.mean().item(), "base_kl": kl.item()}
+    texts = decode_completions(rollout, tokenizer)
+    groups = [texts[i : i + config.group_size] for i in range(0, len(texts), config.group_size)]
+    run.tell(f"{problems[0].expression}: {texts[0]}")
+    right = [is_right(text, p) for p, group in zip(problems, groups) for text in group]
+    thoughts = [len(tokenizer.encode(thought_of(text) or "")) for text in texts]
+    return {
+        "held_out_accuracy": float(np.array(right, dtype=float).mean()),
+        "base_kl": (log_ratio.sum() / rollout.mask.sum()).item(),
+        "think_tokens": float(np.mean(thoughts)),
+        **mean_measures(problems, groups),
+    }
 
 
 # ------------------------------------------------------------------------------------------ the job
 
 
-def r1_zero(config: Config, run: Run, reward: Reward | None = None, **how) -> None:
+def r1_zero(config: Config, run: Run, reward: Reward | None = None, **hooks) -> None:
     """Base model, evaluation, GRPO by rules, evaluation. A resumed run comes through here from the
-    top: what has ended is loaded, what was stopped goes on. `how` is handed to `grpo`."""
-    policy = new_model(config)
-    weights = sum(weight.numel() for weight in policy.parameters())
-    levels = f"levels {config.min_level} to {config.max_level}"
-    print(f"{config.out}: {weights:,} weights on {config.device}, {levels}")
-    print(f"objective: {config.variant} ({VARIANTS[config.variant].source})")
+    top: what has ended is loaded, what was stopped goes on. `hooks` are for `grpo`."""
+    if config.group_size < 2:
+        raise ValueError("--group_size must be at least 2: an advantage compares with a group")
+    if reward is None and "accuracy" in rule_weights(config.rewards):
+        for problem in held_out_problems(config.task, config.levels, LOOKS, config.seed, "look"):
+            accuracy("", problem)  # raises where there is no rule
 
     def examine(model: Transformer) -> dict:
         counts = {"problems": config.eval_problems, "samples": config.eval_samples}
         counts |= {"limit": config.max_new_tokens, "seed": config.seed}
         return evaluate(model, config.task, config.levels, **counts)
 
-    pretrain_steps = 0 if config.init else config.pretrain_steps  # 0: --init's goes to base.pt
-    sizes = (config.pretrain_tokens, config.max_seq_len)
-    web = document_batches(config.task, config.levels, config.seed, *sizes)
-    imitate(config, run, "base", policy, web, pretrain_steps, config.pretrain_lr)
+    policy = base_model(config, run)
     base = copy.deepcopy(policy)
     before = run.once("base", lambda: examine(base))
     said = f"pass@1 {before['pass@1']:.3f}, format {before['format']:.3f}"
     print(f"base model: {said}; now GRPO, by rules alone")
+    print(f"objective: {config.variant} ({VARIANTS[config.variant].source})")
 
     if config.cuda_graphs:
         decoder = CapturedDecoder(policy, config.prompts * config.group_size, config.max_seq_len)
-        how = {"sample": partial(sample, generate=decoder.generate)} | how
-    reward = reward or rules(rule_weights(config.rewards))
-    grpo(config, run, "r1_zero", policy, base, reward, **how)
+        hooks = {"sample": partial(sample, generate=decoder.generate)} | hooks
+    reward = reward or rules(rule_weights(config.rewards), tokenizer_of(policy))
+    grpo(config, run, "r1_zero", policy, base, reward, **hooks)
     after = run.once("r1_zero", lambda: examine(policy))
 
     problems = held_out_problems(config.task, config.levels, 16, config.seed, "samples")
     models, limits = {"base": base, "R1-Zero": policy}, (config.max_new_tokens, config.seed)
-    shown = write_samples(run.folder / "samples.txt", models, problems, *limits)
+    said, shown = compare_samples(models, problems, *limits)
+    run.write("samples.txt", said)
     run.finish({"device": config.device, "seed": config.seed, "base": before, "r1_zero": after})
     print(f"\n{shown}\n\n{table(before, after)}\n\n{run.times()} -> {run.folder}/")
+    print(f"next: python sample.py --checkpoint {run.folder}/r1_zero.pt     # talk to it")
+    print(f"      python -m experiments.watch.diagnose {run.folder}        # what its log says")
 
 
-def new_model(config: Config) -> Transformer:
-    """The model that the job begins with: random weights or --init's. Raises ValueError, in one
-    line, for a shape that does not fit together or that the task does not fit."""
-    tokenizer = get_tokenizer()
-    limits = (config.max_seq_len, config.max_new_tokens)
-    check_room(config.task, config.max_level, config.max_level + BEYOND, *limits)
+def base_model(config: Config, run: Run) -> Transformer:
+    """The stage "base": a model pretrained on the web in miniature, or --init's as it is. A job
+    begins with it; a resumed run has it from its own folder. Raises ValueError, in one line, for a
+    shape that does not fit together, or that the task or --init's model does not fit."""
+    tokenizer, hardest = get_tokenizer(config.task), config.levels[-1]
+    sizes = (config.max_seq_len, config.max_new_tokens)
+    check_room(config.task, hardest, hardest + BEYOND, *sizes)
     names = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_seq_len")
     shape = {name: getattr(config, name) for name in names}
     words = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
-    model = Transformer(ModelConfig(**words, **shape))
-    model.init_weights(config.seed)
-    if config.init and not config.resume:  # a resumed run has it as base.pt
-        model = load_policy(config.init, tokenizer)
+    model = Transformer(ModelConfig(**words, **shape, task=config.task))
+    model.init_weights(config.seed, tokenizer.pieces)
+    if config.init and not config.resume:
+        model = load_policy(config.init)
+        if model.config.task != config.task:
+            raise ValueError(f"{config.init} learned another task: add --task {model.config.task}")
         found = {name: getattr(model.config, name) for name in names}
         if differing := [f"--{name} {found[name]}" for name in names if found[name] != shape[name]]:
             advice = f"add {' '.join(differing)}, or its --preset"
             raise ValueError(f"{config.init} has another shape: {advice}")
     model.in_bfloat16 = config.in_bfloat16
-    return model.to(config.device)
+    model.to(config.device)
+
+    weights = sum(weight.numel() for weight in model.parameters())
+    levels = f"levels {config.levels[0]} to {config.levels[-1]}"
+    print(f"{config.out}: {weights:,} weights on {config.device}; {config.task}, {levels}")
+    if config.device.startswith("cuda"):
+        print("(--device cpu: the same without a GPU; --preset gpu: larger, not run on one yet)")
+    sizes = (config.pretrain_tokens, config.max_seq_len)
+    web = document_batches(config.task, config.levels, config.seed, *sizes)
+    steps = 0 if config.init else config.pretrain_steps  # of no steps, a stage keeps its model
+    imitate(config, run, "base", model, web, steps, config.pretrain_lr)
+    return model
 
 
 def main(arguments: list[str]) -> None:

@@ -1,2 +1,38 @@
-"""The web in miniature: what is asked, the documents about it, and the tokenizer that reads
-both."""
+"""The web in miniature: the tasks, the documents written about them, and the tokenizer of each.
+
+A task is a row of TASKS: a frozen dataclass whose fields are its settings, with
+
+    name, example                                       its row; a problem as a person types it
+    levels, languages                                   what is asked unless somebody says otherwise
+    words                                               its vocabulary, beside numbers and tags
+    problem(rng, level, *, language, held_out) -> Problem
+    document(rng, levels, room) -> Document             of at most `room` tokens, unless `longest`
+    longest(level) -> Document                          as long as a document of this level can be
+    is_right(problem, given) -> bool | None             None where there is no rule
+    parse(text) -> Problem                              raises ValueError, in one line
+    outside(problem, levels) -> str                     what of it no training at these levels had
+    measures(problem, completion) -> {name: float}      how it thinks
+
+Every level from 1 to four beyond `levels` needs problems in both splits: evaluation asks for them.
+data/chains.py is the task to read, or to copy.
+"""
+
+from functools import cache
+
+from data.chains import Chains
+from data.tokenizer import Tokenizer
+
+TASKS = {
+    task.name: task
+    for task in (
+        Chains("chains"),
+        Chains("chains-en-ko", languages=("en", "ko")),
+        Chains("chains-99", "+-*", 99, languages=("en", "ko"), levels=(1, 8)),
+    )
+}
+
+
+@cache
+def get_tokenizer(task: str) -> Tokenizer:
+    """The tokenizer of a row of TASKS: numbers, tags and the words of that task."""
+    return Tokenizer(TASKS[task].words)

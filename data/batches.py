@@ -1,31 +1,21 @@
-"""Batches of documents: rows of like length together, made ahead by a thread.
+"""Batches for imitation: rows of like length together, made ahead by a thread.
 
 A row is (tokens of its prompt, ids): the prompt is read, what follows it is to be predicted.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from data.arithmetic import Task
-from data.corpus import Document, document, longest_document
-from data.problem import stream
-from data.tokenizer import Tokenizer, get_tokenizer
-
 BATCHES_PER_POOL = 16
 
 Row = tuple[int, list[int]]
-Batch = tuple[Tensor, Tensor]  # tokens (B, T) int64, right-padded; mask (B, T): to be predicted
-
-
-def encode_document(written: Document, tokenizer: Tokenizer) -> Row:
-    """The tokens of a document, the end token last, and how many of them are its question."""
-    question = tokenizer.encode(written.question)
-    text = tokenizer.encode(written.text, tags=True)
-    return len(question), [*question, *text, tokenizer.eos_id]
+# tokens (B, T) int64, right-padded; mask (B, T) bool of the tokens to predict; positions (B, T)
+# int64 of the tokens, or None where they are 0, 1, 2, ...
+Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
 def cut_pool(rows: list[Row], pad_id: int, rng: random.Random) -> list[Batch]:
@@ -48,7 +38,7 @@ def padded(rows: list[Row], pad_id: int) -> Batch:
     starts = torch.tensor([max(start, 1) for start, _ in rows])  # nothing predicts token 0
     ends = torch.tensor([len(ids) for _, ids in rows])
     position = torch.arange(width)
-    return tokens, (position >= starts[:, None]) & (position < ends[:, None])
+    return tokens, (position >= starts[:, None]) & (position < ends[:, None]), None
 
 
 class Batches:
@@ -70,34 +60,3 @@ class Batches:
                 self.pools[number] = self.ahead.submit(self.make_pool, number)
         self.pools = {number: made for number, made in self.pools.items() if number >= pool}
         return self.pools[pool].result()[index]
-
-
-def document_batches(
-    task: Task, levels: Sequence[int], seed: int, tokens_a_batch: int, room: int
-) -> Batches:
-    """The web in miniature, batch by batch: documents of at most `room` tokens, none about a
-    held-out problem."""
-    tokenizer = get_tokenizer()
-
-    def make_pool(number: int) -> list[Batch]:
-        rng, rows, tokens = stream(seed, "documents", number), [], 0
-        while tokens < BATCHES_PER_POOL * tokens_a_batch:
-            rows.append(encode_document(document(rng, levels, task, room), tokenizer))
-            tokens += len(rows[-1][1])
-        return cut_pool(rows, tokenizer.pad_id, rng)
-
-    return Batches(make_pool)
-
-
-def check_room(task: Task, level: int, hardest: int, room: int, max_new_tokens: int) -> None:
-    """Raise ValueError, in one line, where a document of the level, or a prompt of the hardest one
-    and its completion, may not fit a context of `room` tokens."""
-    _, written = encode_document(longest_document(level, task), get_tokenizer())
-    prompt, _ = encode_document(longest_document(hardest, task), get_tokenizer())
-    for name, tokens in (
-        (f"level {hardest} with --max_new_tokens", prompt + max_new_tokens),
-        (f"documents of --max_level {level}", len(written)),
-    ):
-        if tokens > room:
-            reason = f"{tokens} tokens exceed the context of {room} (--max_seq_len)"
-            raise ValueError(f"{name}: {reason}")

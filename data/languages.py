@@ -1,9 +1,11 @@
-"""The words of each language. Digits, the indices of steps and R1-Zero's tags are common to all.
+"""The words of each language of the chains. Digits, the indices of steps and R1-Zero's tags are
+common to all.
 
-Every word here stands in data/tokenizer.py too, so that it is one token. For the same reason the
-particle " 은" never becomes " 는".
+Every word here is one token. So the particle " 은" never becomes " 는".
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -38,6 +40,31 @@ LANGUAGES = {
         careless=(" {}", " {}.", " 그래서 {}", " 답은 {}", " 아마 {}"),
     ),
 }
+
+
+def words_of(languages: Iterable[str]) -> list[str]:
+    """Every word of these languages, each once, in the order in which it stands above."""
+    found = []
+    for language in map(LANGUAGES.get, languages):
+        texts = (language.question, *language.operators.values(), language.equals)
+        texts += (language.right, language.wrong, *language.glib, *language.careless)
+        found += re.findall(r"[^\W\d_]+", " ".join(texts))
+    return list(dict.fromkeys(found))
+
+
+LETTERS = {"en": "[A-Za-z]+", "ko": "[가-힣]+"}
+MIN_WORDS = 4  # of a thought; two words such as " i know" are no thought in any language
+
+
+def language_of_thought(thought: str) -> str:
+    """The language of all words of a thought; "both" where they are in several, "none" where there
+    is hardly a word, or none of a language that is known."""
+    words = re.findall(r"[^\W\d_]+", thought)
+    spoken = {name for word in words for name, of in LETTERS.items() if re.fullmatch(of, word)}
+    if len(words) < MIN_WORDS or not spoken:
+        return "none"
+    known = all(any(re.fullmatch(of, word) for of in LETTERS.values()) for word in words)
+    return spoken.pop() if len(spoken) == 1 and known else "both"
 
 
 def language_of(text: str) -> str:

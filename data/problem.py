@@ -1,4 +1,4 @@
-"""What is asked: a problem, and how problems are drawn."""
+"""What is asked, and what the web says of it: problems, documents, and how problems are drawn."""
 
 import random
 from collections.abc import Sequence
@@ -7,15 +7,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """`prompt` is the text that a completion continues, `answer` the number that it must give,
-    `level` the number of operations, `expression` the problem in digits and operators, such as
-    "7 + 8 - 3"."""
+    """`prompt` is the text that a completion continues, `answer` a right answer to it. `expression`
+    is the problem in symbols, the same in every language, such as "7 + 8 - 3". `task` names the
+    row of `data.TASKS` that it belongs to."""
 
     prompt: str
     answer: str
-    language: str
     level: int
+    language: str
     expression: str
+    task: str
+
+    def is_right(self, given: str) -> bool | None:
+        """Whether the text of an answer is right; None where the task has no rule for it."""
+        from data import TASKS  # not above: the tasks are made of problems
+
+        return TASKS[self.task].is_right(self, given)
+
+
+@dataclass(frozen=True)
+class Document:
+    """`text` continues `question`, which is empty where the document is about no problem."""
+
+    question: str
+    text: str
+    style: str
 
 
 def stream(seed: int, purpose: str, step: int = 0) -> random.Random:
@@ -33,10 +49,9 @@ def sample_problems(
     held_out: bool = False,
     first: int = 0,
 ) -> list[Problem]:
-    """`count` problems of the training split, or of the held-out one. Levels and languages take
+    """`count` problems of the training split, or of the held-out split. Levels and languages take
     turns, beginning with turn `first`: over several calls, each comes as often."""
     kinds = [(level, language) for level in levels for language in task.languages]
     chosen = (kinds[turn % len(kinds)] for turn in range(first, first + count))
-    return [
-        task.problem(rng, level, language=language, held_out=held_out) for level, language in chosen
-    ]
+    how = {"held_out": held_out}
+    return [task.problem(rng, level, language=language, **how) for level, language in chosen]

@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 import textwrap
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -41,21 +41,24 @@ def parse(
     )
     helps = {name: text for base in Config.__mro__[-2::-1] for name, text in comments(base)}
     for field in fields(Config):
-        takes = {"type": kind(field), "metavar": "", "choices": Config.CHOICES.get(field.name)}
-        takes = {"action": "store_true"} if field.type is bool else takes
-        text = f"{helps.get(field.name, '')} [{field.default!r}]".replace("%", "%%")
+        choices = Config.CHOICES.get(field.name)
+        takes = {"type": kind(field), "metavar": "", "choices": choices}
+        takes = {"action": argparse.BooleanOptionalAction} if field.type is bool else takes
+        text = f"{helps.get(field.name, '')}{': ' if choices else ''}{', '.join(choices or ())}"
+        text = f"{text} [{field.default!r}]".replace("%", "%%")
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **takes)
     given = vars(parser.parse_args(arguments))
     try:
         if "resume" in given:
             config = saved_config(Config, given)
         else:
-            given = {"preset": "gpu" if torch.cuda.is_available() else "cpu"} | given
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            given = {"preset": "cpu", "device": device} | given
             config = Config(**presets[given["preset"]] | given)
-        check_ranges(config)
+        check_values(config)
     except ValueError as error:
         parser.error(str(error))
-    return config if config.out else replace(config, out=config.default_out)
+    return config.filled()
 
 
 def comments(Config: type) -> list[tuple[str, str]]:
@@ -85,10 +88,14 @@ def saved_config(Config: type, given: dict):
         raise ValueError(f"{folder}/last.pt: {reason}") from None
 
 
-def check_ranges(config) -> None:
-    """Raise ValueError, in one line, for a number that is not in its range."""
+def check_values(config) -> None:
+    """Raise ValueError, in one line, for a value that is no choice, and for a number that is not in
+    its range."""
     for field in fields(config):
         value, number = getattr(config, field.name), kind(field)
+        choices = config.CHOICES.get(field.name)
+        if choices and value not in choices:
+            raise ValueError(f"--{field.name} must be one of {', '.join(choices)}, not {value!r}")
         if number not in MOST or value is None:
             continue
         least, most = config.RANGES.get(field.name, (number is int, MOST[number]))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data.problem import Problem
-from data.tokenizer import get_tokenizer
+from data.tokenizer import Tokenizer
 from sample import Rollout
 
 Rewards = dict[str, Tensor]  # (B,) each: "reward", which is maximised, and its parts by name
@@ -25,6 +25,17 @@ def check_finite(stage: str, step: int, numbers: dict[str, float]) -> None:
         if not math.isfinite(x):
             advice = "what was saved before is untouched; a lower learning rate may help"
             raise FloatingPointError(f"{stage} stopped at step {step + 1}: {name} is {x}; {advice}")
+
+
+def check_rewards(rewards: Rewards, rollout: Rollout, rows: int) -> None:
+    """Raise ValueError, in one line, for a rollout of other than P * G rows, and for rewards that
+    are not one number for each row."""
+    if len(rollout.finished) != rows:
+        raise ValueError(f"the rollout must have {rows} rows, P * G, not {len(rollout.finished)}")
+    for name, x in rewards.items():
+        if x.shape != (rows,):
+            found = tuple(x.shape)
+            raise ValueError(f'rewards["{name}"] must be ({rows},), a number a row, not {found}')
 
 
 def rollout_metrics(problems: list[Problem], rollout: Rollout, rewards: Rewards) -> dict:
@@ -87,11 +98,19 @@ def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
 
 
 def told(
-    problems: list[Problem], rollout: Rollout, rewards: Rewards, advantages: Tensor, count: int
+    problems: list[Problem],
+    rollout: Rollout,
+    rewards: Rewards,
+    advantages: Tensor,
+    count: int,
+    tokenizer: Tokenizer,
 ) -> list[dict]:
     """What a rollout says to the first `count` problems, token by token, as looks.jsonl holds
     it."""
-    tokenizer, G = get_tokenizer(), len(rollout.tokens) // len(problems)
+    G = len(rollout.tokens) // len(problems)
+    by_token = (
+        advantages if advantages.dim() == 2 else advantages[:, None].expand(rollout.mask.shape)
+    )
 
     def completion(row: int) -> dict:
         said = slice(rollout.starts[row], rollout.ends[row])
@@ -100,7 +119,7 @@ def told(
             "logps": [round(x, 4) for x in rollout.logps[row, said].tolist()],
             "entropy": [round(x, 4) for x in rollout.entropy[row, said].tolist()],
             "rewards": {name: round(values[row].item(), 4) for name, values in rewards.items()},
-            "advantage": [round(x, 4) for x in advantages[row].flatten().tolist()],
+            "advantage": [round(x, 4) for x in by_token[row, said].tolist()],
         }
 
     return [

@@ -12,6 +12,9 @@ optimizers, tensors. They are saved every few seconds and restored when the run 
 in a stage must be a function of the seed and the step: then nothing else has to be saved. A stage
 that has ended left its model in <stage>.pt: `run.steps` then loads that file and yields no step. So
 a job of any number of stages is resumed by calling it again from its first line.
+
+Of a stage that has ended the model alone comes back. What a later stage needs beside it is kept by
+`run.once`, as plain data, or is a function of the models.
 """
 
 import contextlib
@@ -41,6 +44,7 @@ except ImportError:  # on Windows nothing keeps two processes from going on with
 
 ROOT = Path(__file__).parent.parent
 SAVE_EVERY = float(os.environ.get("SAVE_EVERY", 20))  # seconds between two saves; tests set 0
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 State = dict[str, nn.Module | torch.optim.Optimizer | Tensor]  # what changes in a stage, by name
 
 
@@ -48,15 +52,17 @@ class Run:
     """One run of a job, and its folder. See the head of this file for how a job uses it."""
 
     def __init__(self, config, program: str):
-        self.config, self.program = config, program
+        self.config, self.program, self.sources = config, program, sources()
         self.folder = Path(os.path.normpath(config.out))
         self.ended: list[str] = []  # stages
         self.results: dict[str, dict] = {}  # of `once`
         self.seconds: dict[str, float] = {}  # of each stage, and of what lies between stages
         self.stopped: dict = {}  # the stage that last.pt is in the middle of: name, step and state
-        self.kept = {"log.jsonl": 0, "looks.jsonl": 0}  # bytes of each that last.pt speaks of
+        self.kept = {"log.jsonl": 0, "looks.jsonl": 0}  # bytes of each that last.pt counts on
         self.lines: dict[str, Lines] = {}  # these files, once they are open
-        self.begun = False  # whether this process has anything of the folder in its hands
+        self.named: list[str] = []  # the stages that this process has come to
+        self.saved_device = config.device
+        self.begun = False  # whether this process writes the folder
         self.saved = "nothing"
         self.clock = self.saved_at = time.perf_counter()
         self.stage, self.step, self.bar = "", 0, None
@@ -68,64 +74,82 @@ class Run:
         """The steps of a stage that are still to do, of `count`.
 
         `model` and `state` are restored before the first step and saved as time goes by; a state of
-        None is left out. The model goes to <stage>.pt at the end. A stage's name stands for it
-        once in a job, and its loop is left by no `break`. Raises ValueError where last.pt holds
-        another job's state.
+        None is left out. The model goes to <stage>.pt at the end. Use a stage's name once in a job,
+        and do not leave its loop by `break`. Raises ValueError where last.pt holds another job's
+        state, and where <stage>.pt is missing or damaged.
         """
-        path = self.folder / f"{stage}.pt"
+        if stage in (*self.named, "last"):
+            raise ValueError(f"{stage} names two stages, or is the name of last.pt")
+        self.named.append(stage)
         if stage in self.ended:
-            load_weights(path, model)
+            load_weights(self.folder / f"{stage}.pt", model)
             return
         named = {"model": model} | {name: x for name, x in state.items() if x is not None}
         first = self.restore(stage, count, named)
         self.begin()
         self.stage, self.saved = stage, f"step {first} of {stage}"
-        look = {"desc": stage, "unit": "step", "dynamic_ncols": True, "disable": None}
+        look = {"desc": stage, "bar_format": BAR, "dynamic_ncols": True, "disable": None}
         self.bar = tqdm(range(first, count), initial=first, total=count, **look)
+        self.stepping = True  # from here to the end of the stage, a signal waits for a save
         for step in self.bar:
-            self.step, self.stepping = step, True
+            self.step = step
             yield step
             if self.stop_asked or time.perf_counter() - self.saved_at > SAVE_EVERY:
                 self.save({"stage": stage, "step": step + 1, "state": states(named)})
-            self.stepping = False
-            if self.stop_asked:
-                raise KeyboardInterrupt(self.stop_asked)
-        save_model(self.folder / f"{stage}.pt", model)
+            self.leave_if_asked()
+        self.check_finite(states(named))
+        with self.writing():
+            save_model(self.folder / f"{stage}.pt", model)
         self.ended.append(stage)
         self.book(stage)
         self.save()
+        self.stepping = False
+        self.leave_if_asked()
 
     def once(self, name: str, make: Callable[[], dict]) -> dict:
-        """The plain data that `make` gives, made once in the life of the run."""
-        if not self.stopped:
-            self.begin()
+        """The plain data that `make` gives, made once in the life of the run: a dict, not empty.
+        Raises ValueError within a stage, and where last.pt is in the middle of one."""
         if name not in self.results:
+            if self.stopped or self.stepping:
+                raise self.foreign(ValueError(f"{name!r} is asked for in the middle of a stage"))
+            self.begin()
             self.results[name] = json.loads(json.dumps(make()))  # plain numbers: last.pt holds them
             self.save()
         return self.results[name]
 
     def log(self, record: dict) -> None:
         """Add a line to log.jsonl, for the step of the stage that is under way."""
-        self.lines["log.jsonl"].add({"stage": self.stage, "step": self.step + 1, **record})
+        with self.writing():
+            self.lines["log.jsonl"].add({"stage": self.stage, "step": self.step + 1, **record})
 
     def look(self, record: dict) -> None:
         """Add a line to looks.jsonl: what the model of this step says to a few problems."""
-        self.lines["looks.jsonl"].add({"stage": self.stage, "step": self.step + 1, **record})
+        with self.writing():
+            self.lines["looks.jsonl"].add({"stage": self.stage, "step": self.step + 1, **record})
 
     def show(self, numbers: dict[str, float], keep: bool = False) -> None:
         """Put numbers beside the bar; with `keep`, also on a line above it that stays."""
-        shown = {name: f"{x:.2f}" for name, x in numbers.items()}
-        self.bar.set_postfix(shown)
+        shown = "  ".join(f"{name} {x:.{2 if x < 10 else 1}f}" for name, x in numbers.items())
+        self.bar.set_postfix_str(shown)
         if keep:
-            words = "  ".join(f"{name} {x}" for name, x in shown.items())
-            self.bar.write(f"step {self.step + 1:4}  {words}")
+            self.bar.write(f"step {self.step + 1:4}  {shown}")
+
+    def tell(self, text: str) -> None:
+        """Put a line of text above the bar, cut to the width of the terminal."""
+        width = shutil.get_terminal_size().columns
+        line = " ".join(text.split())
+        self.bar.write(line if len(line) <= width else f"{line[: width - 3]}...")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run's folder, whole or not at all."""
+        with self.writing():
+            write_whole(self.folder / name, text.encode())
 
     def finish(self, result: dict) -> None:
         """Write result.json: the run has ended."""
         self.book("evaluation")
         seconds = self.seconds | {"total": sum(self.seconds.values())}
-        text = json.dumps(result | {"seconds": seconds}, indent=2) + "\n"
-        write_whole(self.folder / "result.json", text.encode())
+        self.write("result.json", json.dumps(result | {"seconds": seconds}, indent=2) + "\n")
 
     def times(self) -> str:
         each = (f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
@@ -137,19 +161,17 @@ class Run:
         """Bring last.pt up to date. The logs go to disk first: last.pt speaks of no line that is
         not there. Raises FloatingPointError for a state that is not finite: the last one stays."""
         self.stopped = stopped or {}
-        for name, x in self.stopped.get("state", {}).items():
-            if not finite(x):
-                raise FloatingPointError(
-                    f"{self.stage} stopped at step {self.step + 1}: its {name} is NaN or infinite; "
-                    "last.pt is from before; a lower learning rate may help"
-                )
+        self.check_finite(self.stopped.get("state", {}))
         self.book(self.stopped.get("stage", "evaluation"))
-        self.kept = {name: lines.flush() for name, lines in self.lines.items()}
+        with self.writing():
+            self.kept = {name: lines.flush() for name, lines in self.lines.items()}
         names = ("program", "ended", "results", "seconds", "kept", "stopped")
         written = {name: getattr(self, name) for name in names}
         written |= {"settings": asdict(self.config), "made_by": made_by(self.config)}
-        save_tensors(self.folder / "last.pt", written)
-        self.saved_at = time.perf_counter()
+        written["sources"] = self.sources
+        with self.writing():
+            save_tensors(self.folder / "last.pt", written)
+        self.saved_at, self.saved_device = time.perf_counter(), self.config.device
         if self.stopped:
             self.saved = f"step {self.stopped['step']} of {self.stopped['stage']}"
         elif self.ended:
@@ -174,11 +196,28 @@ class Run:
         self.stopped = {}
         return step
 
+    def check_finite(self, state: dict) -> None:
+        """Raise FloatingPointError for a state that is not finite: the last save stays."""
+        for name, x in state.items():
+            if not finite(x):
+                raise FloatingPointError(
+                    f"{self.stage} stopped at step {self.step + 1}: its {name} is NaN or infinite; "
+                    "last.pt is from before; a lower learning rate may help"
+                )
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around whatever writes into the folder, so that its errors are told from the job's."""
+        try:
+            yield
+        except OSError as error:
+            raise CannotWrite(f"{self.folder} cannot be written ({error.strerror})") from None
+
     def foreign(self, error: Exception) -> ValueError:
         return ValueError(f"{self.folder}/last.pt: not what a run saves ({one_line(error)})")
 
     def book(self, part: str) -> None:
-        """Book the time since the last call."""
+        """Add the time since the last call to a part's."""
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self.clock
         self.clock = now
@@ -193,7 +232,7 @@ class Run:
             raise ValueError(advice + (f", or go on with it{command}" if command else ""))
 
     def begin(self) -> None:
-        """Make the folder of a new run: whole or not at all, and in nobody's way."""
+        """Make the folder of a new run: all of it or nothing, and never in another's place."""
         if self.begun:
             return
         if not self.lines:
@@ -219,10 +258,11 @@ class Run:
         self.begun = True
 
     def fill_folder(self) -> None:
-        for source in sources(self.program):
+        for source in self.sources:
             (self.folder / source).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / source, self.folder / source)
-        settings = json.dumps(asdict(self.config), indent=2) + "\n"
+        settings = {"program": self.program, **asdict(self.config)}
+        settings = json.dumps(settings, indent=2) + "\n"
         write_whole(self.folder / "config.json", settings.encode())
         for name in self.kept:
             (self.folder / name).touch()
@@ -249,9 +289,14 @@ class Run:
                 if type(saved[name]) is not type(getattr(self, name)):
                     raise ValueError(f"{name} is {saved[name]!r}")
                 setattr(self, name, saved[name])
+            if set(self.kept) != {"log.jsonl", "looks.jsonl"}:
+                raise ValueError(f"it counts on {', '.join(map(str, self.kept))}")
             for name, kept in self.kept.items():
                 if type(kept) is not int or kept < 0:
                     raise ValueError(f"{kept!r} bytes of {name}")
+            if not all(isinstance(source, str) for source in saved["sources"]):
+                raise ValueError(f"sources is {saved['sources']!r}")
+            self.sources = saved["sources"]
             for name, result in self.results.items():
                 if not isinstance(result, dict) or not result:
                     raise ValueError(f"the result {name} is {result!r}")
@@ -261,24 +306,35 @@ class Run:
                 self.saved = f"step {self.stopped['step']} of {self.stopped['stage']}"
         except (KeyError, TypeError, ValueError) as error:
             raise self.foreign(error) from None
-        for source in sources(self.program):
-            copy = folder / source
-            if not copy.is_file() or copy.read_bytes() != (ROOT / source).read_bytes():
+        for source in saved["sources"]:
+            ours, copy = ROOT / source, folder / source
+            if not (copy.is_file() and ours.is_file() and copy.read_bytes() == ours.read_bytes()):
                 advice = f"cp {shlex.join([source, str(copy)])}"
                 reason = f"{source} is not the {copy} that the run began with"
                 raise ValueError(f"{reason}: to go on with this code all the same, {advice}")
         self.open_lines()
+        self.saved_device = saved["settings"]["device"]
         print(f"{folder}: going on after {self.saved}")
         if saved.get("made_by") != made_by(self.config):
             here = f"this is {made_by(self.config)}"
             print(f"it was saved by {saved.get('made_by')}, and {here}: not the same to the bit")
+
+    def way_on(self) -> str:
+        """What is saved and how to go on, behind the reason of an end; "" where nothing is."""
+        return f"; {self.saved} is saved. To go on: {self.command()}" if self.begun else ""
 
     def command(self) -> str:
         """What a person types to go on."""
         program = self.program
         if not program.startswith("-m "):
             program = shlex.quote(os.path.relpath(ROOT / program))
-        return f"python {program} {shlex.quote(f'--resume={self.folder}')}"
+        device = ["--device", self.config.device]
+        flags = [f"--resume={self.folder}", *device * (self.config.device != self.saved_device)]
+        return f"python {program} {shlex.join(flags)}"
+
+    def leave_if_asked(self) -> None:
+        if self.stop_asked:
+            raise KeyboardInterrupt(self.stop_asked)
 
     def on_signal(self, number: int, frame: object) -> None:
         """The first signal lets the step end, so that it can be saved. A second one, or one between
@@ -290,10 +346,14 @@ class Run:
             os.write(2, b"\nstopping when this step is done (once more: at once)\n")
 
 
+class CannotWrite(Exception):
+    """The folder of a run cannot be written: a full disk, or the folder is gone."""
+
+
 class Lines:
-    """A file of JSON records, a line each. Lines behind the first `kept` bytes came after the last
-    save: they go when the next is written, as the run writes them again. Raises ValueError where
-    another process has the file, or where it does not hold what was kept."""
+    """A file of JSON records, a line each. Lines behind the first `kept` bytes were written after
+    the last save. The run writes them again, so the next line takes their place. Raises ValueError
+    where another process has the file, or where it does not hold what was kept."""
 
     def __init__(self, path: Path, kept: int):
         self.file = path.open("r+b")
@@ -330,10 +390,12 @@ def states(named: State) -> dict:
 
 def state_of(x: nn.Module | torch.optim.Optimizer | Tensor) -> dict | Tensor:
     if isinstance(x, torch.optim.Optimizer):
-        return x.state_dict()["state"]  # its groups are the code's
+        moments = x.state_dict()["state"]  # its groups are the code's
+        return {"moments": moments, "count": len(moments)}
     return x if isinstance(x, Tensor) else x.state_dict()
 
 
+@torch.no_grad()
 def set_state(
     name: str, x: nn.Module | torch.optim.Optimizer | Tensor, found: dict | Tensor
 ) -> None:
@@ -342,25 +404,24 @@ def set_state(
         raise ValueError(f"{name} holds numbers that are NaN or infinite")
     if isinstance(x, torch.optim.Optimizer):
         weights = [weight for group in x.param_groups for weight in group["params"]]
-        like = {
-            i: {"step": (), "exp_avg": w.shape, "exp_avg_sq": w.shape}
-            for i, w in enumerate(weights)
+        moments, kinds = found["moments"], set()
+        for i, kept in moments.items():  # load_state_dict looks at no shape
+            kinds.add(tuple(kept))
+            fits = (torch.Size(), weights[i].shape)
+            if not all(m.shape == fits[key != "step"] for key, m in kept.items()):
+                raise ValueError(f"{name} is not one of these weights")
+        if len(moments) != found["count"] or len(kinds) > 1:
+            raise ValueError(f"{name} is not whole")
+        moments = {
+            i: {key: m.contiguous() for key, m in kept.items()} for i, kept in moments.items()
         }
-        # load_state_dict looks at no shape.
-        if found and {i: shapes(kept) for i, kept in found.items()} != like:
-            raise ValueError(f"{name} is not one of these weights")
-        moments = {i: {key: m.contiguous() for key, m in kept.items()} for i, kept in found.items()}
         x.load_state_dict({"state": moments, "param_groups": x.state_dict()["param_groups"]})
     elif isinstance(x, Tensor):
-        if shapes(found) != x.shape:
-            raise ValueError(f"{name} has the shape {shapes(found)}")
+        if found.shape != x.shape:
+            raise ValueError(f"{name} has the shape {tuple(found.shape)}")
         x.copy_(found)
     else:
         x.load_state_dict(found)
-
-
-def shapes(x: dict | Tensor):
-    return {name: y.shape for name, y in x.items()} if isinstance(x, dict) else x.shape
 
 
 def finite(x: object) -> bool:
@@ -369,13 +430,13 @@ def finite(x: object) -> bool:
     return not isinstance(x, Tensor) or bool(x.isfinite().all())
 
 
-def sources(program: str) -> list[str]:
-    """The files that a run keeps as it ran with them: the rooms, and the package of its program."""
-    folders = ["", "data/", "kit/"]
-    if program.startswith("-m "):
-        folders.append(program.split()[1].rpartition(".")[0].replace(".", "/") + "/")
-    paths = (path for folder in folders for path in sorted(ROOT.glob(f"{folder}*.py")))
-    return [str(path.relative_to(ROOT)) for path in paths]
+def sources() -> list[str]:
+    """The code of a run: the files of this repository that are loaded, but for its tests."""
+    root = ROOT.resolve()
+    loaded = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    paths = {Path(path).resolve() for path in loaded if path and os.path.isfile(path)}
+    ours = (path.relative_to(root) for path in paths if path.is_relative_to(root))
+    return sorted(str(path) for path in ours if path.parts[0] not in ("tests", ".venv"))
 
 
 def multiplies_in_bfloat16(device: str) -> bool:
@@ -400,6 +461,8 @@ def set_up(config) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or matrix products on a GPU refuse
+    if config.cuda_graphs and not config.device.startswith("cuda") and not config.resume:
+        raise ValueError(f"--cuda_graphs needs a CUDA device, and --device is {config.device}")
     try:
         torch.zeros(1, device=config.device).item()
     except (RuntimeError, AssertionError) as error:
@@ -410,12 +473,13 @@ def set_up(config) -> None:
 
 
 @contextlib.contextmanager
-def open_run(config, program: str = "train.py") -> Iterator[Run]:
+def open_run(config, program: str) -> Iterator[Run]:
     """The run that a configuration asks for, new or resumed.
 
     `program` is how it is started: a script of the root, or "-m package.module". What is wrong
-    before the run has begun ends the program with one line and status 2; what ends it later, with
-    one line that says what is saved and how to go on.
+    before the run has begun ends the program with one line and status 2. A signal, a full disk, too
+    little memory or numbers that are not finite end it later, with one line that says what is saved
+    and how to go on. Any other error of the job keeps its traceback.
     """
     run = Run(config, program)
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -429,24 +493,21 @@ def open_run(config, program: str = "train.py") -> Iterator[Run]:
         for number in signals:
             signal.signal(number, signal.SIG_IGN)  # once more says nothing more
         if run.begun:
-            print(f"\nstopped; {run.saved} is saved. To go on: {run.command()}", file=sys.stderr)
+            print(f"\nstopped{run.way_on()}", file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except torch.OutOfMemoryError:
         advice = "run again with a lower --micro_batch or --prompts"
-        reason = f"{config.device} has too little memory: {advice}"
-        sys.exit(f"{name}: {reason}. {run.saved} is saved. To go on: {run.command()}")
+        sys.exit(f"{name}: {config.device} has too little memory: {advice}{run.way_on()}")
     except FloatingPointError as error:
         sys.exit(f"{name}: {error}")
     except BrokenPipeError:
-        reason = "what it prints is not read any more"
-        sys.exit(f"{name}: {reason}. {run.saved} is saved. To go on: {run.command()}")
+        sys.exit(f"{name}: what it prints is not read any more{run.way_on()}")
+    except CannotWrite as error:
+        sys.exit(f"{name}: {error}{run.way_on()}")
     except (ValueError, OSError) as error:
-        if not run.begun:
-            refuse(name, str(error))
-        if isinstance(error, ValueError):
-            raise
-        reason = f"{run.folder} cannot be written ({error.strerror})"
-        sys.exit(f"{name}: {reason}. {run.saved} is saved. To go on, once it can: {run.command()}")
+        if run.begun:
+            raise  # a mistake of the job's own: its traceback is what helps
+        refuse(name, str(error))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

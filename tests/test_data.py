@@ -8,52 +8,44 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.arithmetic import (
+from data import TASKS, get_tokenizer
+from data.chains import (
     APPLY,
-    CHAINS,
-    HELD_OUT,
-    Task,
-    is_held_out,
-    parse_problem,
-    random_operation,
-    write_problem,
-)
-from data.corpus import (
     GUESS,
+    HELD_OUT,
     LANGUAGE_SHARES,
     SHARES,
     SLIP,
     SMALL_TEXT,
     SWITCH,
     TAGGED,
-    document,
-    longest_document,
-    small_text,
+    Chains,
+    is_held_out,
 )
 from data.languages import LANGUAGES, language_of
 from data.problem import sample_problems, stream
-from data.tokenizer import MAX_STEP, TAGS, get_tokenizer
+from data.tokenizer import MAX_STEP, TAGS, Tokenizer
 from rewards import extract_answer, format_reward
 
 LEVELS = range(2, 6)
 STEP = re.compile(r"\n#(\d+) (\d+) (\w+) (\d+) (?:is|은) (\d+)( ok| wait (\d+)| 맞아| 잠깐 (\d+))?")
 ROOM = 160
-TWO = Task("+-*", 99, ("en", "ko"))
+CHAINS, TWO = TASKS["chains"], TASKS["chains-99"]
 SIGNS = {word: sign for language in LANGUAGES.values() for sign, word in language.operators.items()}
-tokenizer = get_tokenizer()
+tokenizer = get_tokenizer("chains")
 
 
 @pytest.fixture(scope="module")
 def documents():
     rng = random.Random(1)
-    return [document(rng, LEVELS) for _ in range(20_000)]
+    return [CHAINS.document(rng, LEVELS) for _ in range(20_000)]
 
 
 @pytest.fixture(scope="module")
 def two_languages():
     """With all three operators."""
     rng = random.Random(2)
-    return [document(rng, LEVELS, TWO, ROOM) for _ in range(20_000)]
+    return [TWO.document(rng, LEVELS, ROOM) for _ in range(20_000)]
 
 
 def expression_of(question):
@@ -61,10 +53,10 @@ def expression_of(question):
     return " ".join(word for word in words if word in APPLY or word.isdigit())
 
 
-def token_count(written):
+def token_count(written, task):
     """Tokens of a document, its question included and the end token not."""
-    question, text = tokenizer.encode(written.question), tokenizer.encode(written.text, tags=True)
-    return len(question) + len(text)
+    words = get_tokenizer(task.name)
+    return len(words.encode(written.question)) + len(words.encode(written.text, tags=True))
 
 
 def value_of(expression):
@@ -95,7 +87,7 @@ def test_problems_have_their_level_their_answer_and_small_totals(task):
 
 
 def test_a_chain_is_worked_from_left_to_right_in_either_language():
-    english, korean = write_problem("1 + 2 * 3"), write_problem("1 + 2 * 3", "ko")
+    english, korean = CHAINS.ask("1 + 2 * 3"), TWO.ask("1 + 2 * 3", "ko")
     assert english.answer == korean.answer == "9"
     assert english.prompt == "User: what is 1 plus 2 times 3?\nAssistant:"
     assert korean.prompt == "User: 1 더하기 2 곱하기 3 은 얼마?\nAssistant:"
@@ -104,37 +96,37 @@ def test_a_chain_is_worked_from_left_to_right_in_either_language():
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"operators": "+*"}, "--operators +* must be of +-"),
-        ({"operators": "+-/"}, "--operators +-/ must be of +-"),
-        ({"operators": ""}, "--operators  must be of +-"),
-        ({"languages": ("en", "fr")}, "--languages en,fr must be of en,ko, each at most once"),
-        ({"languages": ("en", "en")}, "--languages en,en must be of en,ko, each at most once"),
-        ({"languages": ("",)}, "--languages  must be of en,ko"),
-        ({"max_total": 16}, "--max_total must be from 17 to 99, not 16"),
-        ({"max_total": 100}, "--max_total must be from 17 to 99, not 100"),
+        ({"operators": "+*"}, "operators +* must be of +-"),
+        ({"operators": "+-/"}, "operators +-/ must be of +-"),
+        ({"operators": ""}, "operators  must be of +-"),
+        ({"languages": ("en", "fr")}, "languages en,fr must be of en,ko, each at most once"),
+        ({"languages": ("en", "en")}, "languages en,en must be of en,ko, each at most once"),
+        ({"languages": ("",)}, "languages  must be of en,ko"),
+        ({"max_total": 16}, "max_total must be from 17 to 99, not 16"),
+        ({"max_total": 100}, "max_total must be from 17 to 99, not 100"),
     ],
 )
 def test_a_task_that_does_not_fit_together_is_refused(settings, complaint):
     with pytest.raises(ValueError, match="^" + re.escape(complaint)) as error:
-        Task(**settings)
+        Chains(**settings)
     assert "\n" not in str(error.value)
 
 
 def test_an_operator_that_a_language_has_no_word_for_is_refused(monkeypatch):
     """Only the languages of the task need the word."""
     monkeypatch.delitem(LANGUAGES["ko"].operators, "*")
-    Task("+-*", 99, ("en",))
-    Task("+-", 99, ("en", "ko"))
+    Chains("any", "+-*", 99, ("en",))
+    Chains("any", "+-", 99, ("en", "ko"))
     with pytest.raises(ValueError, match="has no word for one of them in ko"):
-        Task("+-*", 99, ("en", "ko"))
+        Chains("any", "+-*", 99, ("en", "ko"))
 
 
 @pytest.mark.parametrize("operators", ["+-", "+-*"])
 def test_at_the_least_limit_every_total_allows_an_operation(operators):
     """Whatever the operand is; choosing among no operators would raise."""
-    task = Task(operators, 17)
+    task = Chains("any", operators, 17)
     for total in range(18):
-        drawn = [random_operation(random.Random(seed), total, task) for seed in range(100)]
+        drawn = [task.operation(random.Random(seed), total) for seed in range(100)]
         assert {operand for _, operand in drawn} == set(range(1, 10))
         assert all(0 <= APPLY[operator](total, operand) <= 17 for operator, operand in drawn)
 
@@ -169,6 +161,19 @@ def test_training_and_held_out_problems_are_disjoint():
     assert not train & held_out
     assert not any(map(is_held_out, train))
     assert all(map(is_held_out, held_out))
+
+
+def test_level_1_is_trained_on_but_for_its_held_out_problems():
+    """As questions of documents, too. Both splits of level 1 are there."""
+    rng = random.Random(0)
+    train = {CHAINS.problem(rng, 1).expression for _ in range(2000)}
+    held_out = {CHAINS.problem(rng, 1, held_out=True).expression for _ in range(200)}
+    written = [CHAINS.document(rng, range(1, 3)) for _ in range(2000)]
+    asked = {expression_of(x.question) for x in written if x.question}
+    asked = {expression for expression in asked if len(expression.split(" ")) == 3}
+    assert len(train) > 80 and len(held_out) > 5 and len(asked) > 80
+    assert not (train | asked) & held_out
+    assert not any(map(is_held_out, train | asked)) and all(map(is_held_out, held_out))
 
 
 def test_one_expression_in_ten_is_held_out():
@@ -274,20 +279,20 @@ def test_languages_have_their_shares_and_some_documents_switch(two_languages):
 def test_every_index_occurs_and_texts_fill_but_fit_the_context(two_languages):
     """So a chain longer than any in the corpus can at least be written down, and each position of
     the context is learned."""
-    longest = max(token_count(written) + 1 for written in two_languages)  # and the end token
+    longest = max(token_count(written, TWO) + 1 for written in two_languages)  # and the end token
     assert 0.7 * ROOM < longest <= ROOM
     text = "".join(written.text for written in two_languages)
     assert all(f"\n#{index} " in text for index in range(1, MAX_STEP + 1))
-    longest = max((small_text(random.Random(i), CHAINS, "en") for i in range(20_000)), key=len)
+    longest = max((CHAINS.small_text(random.Random(i), "en") for i in range(20_000)), key=len)
     # A line break or the end token comes after it.
     assert len(tokenizer.encode(longest)) + 1 <= SMALL_TEXT
 
 
 @pytest.mark.parametrize("task", [CHAINS, TWO])
 def test_the_longest_document_is_at_least_as_long_as_any(task, documents, two_languages):
-    limit = token_count(longest_document(LEVELS[-1], task))
+    limit = token_count(task.longest(LEVELS[-1]), task)
     for written in two_languages if task == TWO else documents:
-        assert not written.question or token_count(written) <= limit
+        assert not written.question or token_count(written, task) <= limit
 
 
 def test_tagged_documents_can_be_read_by_the_rules(documents):
@@ -298,11 +303,13 @@ def test_tagged_documents_can_be_read_by_the_rules(documents):
 
 def test_documents_come_back_from_tokens_one_for_each_word(documents, two_languages):
     """A word that is not one token would be spelt in bytes."""
-    for written in documents[:3000] + two_languages[:3000]:
-        for text, tags in ((written.question, False), (written.text, True)):
-            ids = tokenizer.encode(text, tags=tags)
-            assert tokenizer.decode(ids) == text
-            assert all(i >= 256 or bytes([i]) in b"?.,\n 0123456789" for i in ids), text
+    for task, some in ((CHAINS, documents[:3000]), (TWO, two_languages[:3000])):
+        words = get_tokenizer(task.name)
+        for written in some:
+            for text, tags in ((written.question, False), (written.text, True)):
+                ids = words.encode(text, tags=tags)
+                assert words.decode(ids) == text
+                assert all(i >= 256 or bytes([i]) in b"?.,\n 0123456789" for i in ids), text
 
 
 @settings(max_examples=500, deadline=None)
@@ -328,11 +335,52 @@ def test_end_and_padding_are_different_known_tokens():
 
 
 @pytest.mark.parametrize(
+    ("words", "twice"),
+    [(("a", "b", "a"), "a"), (("a", "5"), "5"), (("a", "99"), "99"), (("",), "")],
+)
+def test_a_word_that_stands_twice_is_refused(words, twice):
+    """Also as a number or a byte: one of two equal tokens would never be met."""
+    with pytest.raises(ValueError, match=f"^the word '{twice}' stands twice") as error:
+        Tokenizer(words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("word", ["two words", "don't", "a1", "1a", "\n", "<think>", "x."])
+def test_a_word_that_texts_split_is_refused(word):
+    """It would be a token that no text ever has."""
+    with pytest.raises(ValueError, match="is not one word: letters alone") as error:
+        Tokenizer(["once", word])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_word_of_every_task_is_one_token(name):
+    """And no token stands for two of them."""
+    words, task = get_tokenizer(name), TASKS[name]
+    ids = [words.encode(f" {word}") for word in (*task.words, *range(100))]
+    assert all(len(found) == 1 and found[0] >= 256 for found in ids)
+    assert len({found[0] for found in ids}) == len(task.words) + 100
+    assert [words.decode(found) for found in ids[: len(task.words)]] == [
+        f" {x}" for x in task.words
+    ]
+    assert len(words.pieces) == len(set(words.pieces)) == words.vocab_size
+
+
+def test_a_word_more_makes_another_vocabulary():
+    """So that a model of fewer words is refused, though each of its words is there."""
+    words = CHAINS.words
+    found = [Tokenizer(x) for x in (words, words, (*words, "moon"), words[::-1])]
+    assert found[0].fingerprint == found[1].fingerprint == tokenizer.fingerprint
+    assert len({x.fingerprint for x in found}) == 3
+    assert set(found[2].pieces) - set(found[0].pieces) == {b" moon"}
+
+
+@pytest.mark.parametrize(
     "text",
     ["7 + 8 - 3", "7+8-3", " what is 7 plus 8 minus 3? ", "7 plus 8 - 3", "What is 7 + 8 - 3"],
 )
 def test_problems_that_people_type_are_understood(text):
-    problem = parse_problem(text)
+    problem = CHAINS.parse(text)
     assert problem.prompt == "User: what is 7 plus 8 minus 3?\nAssistant:"
     assert (problem.answer, problem.level, problem.language) == ("12", 2, "en")
 
@@ -344,7 +392,7 @@ def test_problems_that_people_type_are_understood(text):
 )  # fmt: skip
 def test_text_that_is_no_problem_is_refused_in_one_line(text):
     with pytest.raises(ValueError, match='write a chain such as "7 \\+ 8 - 3"') as error:
-        parse_problem(text)
+        CHAINS.parse(text)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 150
 
@@ -353,8 +401,66 @@ def test_text_that_is_no_problem_is_refused_in_one_line(text):
 @given(st.text() | st.text("79+- \n\t?x"))
 def test_no_text_raises_anything_but_value_error(text):
     try:
-        problem = parse_problem(text)
+        problem = CHAINS.parse(text)
     except ValueError as error:
         assert len(str(error).splitlines()) == 1
         return
     assert problem.answer == str(eval(problem.expression))
+
+
+@pytest.mark.parametrize(
+    ("expression", "outside"),
+    [
+        ("7 + 8", ""),
+        ("9 + 9 + 2 - 9 - 9", ""),  # just within: totals of 20 and 2
+        ("7 + 8 - 3 + 1 + 1 + 1", "5 operations, not 1 to 4"),
+        ("7 * 2 + 1", "operators beside + -"),
+        ("9 + 9 + 3", "a running total beside 0 to 20"),
+        ("3 - 4", "a running total beside 0 to 20"),
+        ("10 + 3", "numbers beside 1 to 9"),
+        ("3 + 0", "numbers beside 1 to 9"),
+        ("50 * 2", "operators beside + -, numbers beside 1 to 9, a running total beside 0 to 20"),
+    ],
+)
+def test_what_training_never_had_is_named(expression, outside):
+    assert CHAINS.outside(CHAINS.ask(expression), range(1, 5)) == outside
+
+
+def test_nothing_that_training_had_is_outside():
+    rng = random.Random(0)
+    for task in (CHAINS, TWO):
+        drawn = sample_problems(rng, task, LEVELS, 400)
+        assert not any(task.outside(problem, LEVELS) for problem in drawn)
+        assert task.outside(drawn[0], range(3, 6)) == "2 operations, not 3 to 5"
+    assert TWO.outside(TWO.ask("7 * 2 + 1"), LEVELS) == ""
+
+
+@pytest.mark.parametrize(
+    ("thought", "spoken"),
+    [
+        ("\n#1 7 plus 8 is 15\n#2 15 minus 3 is 12", "en"),
+        ("\n#1 7 더하기 8 은 15\n#2 15 빼기 3 은 12", "ko"),
+        ("\n#1 7 plus 8 is 15\n#2 15 빼기 3 은 12", "both"),
+        ("\n#1", "none"),
+        (" i know this", "none"),
+    ],
+)
+def test_measures_tell_steps_and_the_language_of_the_thought(thought, spoken):
+    """The question's language is in the name; the shares of its kinds sum to 1."""
+    completion = f"<think>{thought}</think><answer> 12</answer>"
+    in_steps = {"in_steps": float("#" in thought)}
+    assert CHAINS.measures(CHAINS.ask("7 + 8 - 3"), completion) == in_steps
+    for asked in ("en", "ko"):
+        found = TWO.measures(TWO.ask("7 + 8 - 3", asked), completion)
+        kinds = {f"{asked}_thinks_in_{kind}": 0.0 for kind in ("en", "ko", "both", "none")}
+        assert found == in_steps | kinds | {f"{asked}_thinks_in_{spoken}": 1.0}
+        assert sum(found[kind] for kind in kinds) == 1
+
+
+@pytest.mark.parametrize(
+    "completion", ["", "15", "#1 7", "</think>#1<think>", "<answer>#</answer>"]
+)
+def test_what_is_no_thought_is_in_no_steps(completion):
+    found = TWO.measures(TWO.ask("7 + 8", "ko"), completion)
+    assert found["in_steps"] == 0
+    assert found["ko_thinks_in_none"] == 1

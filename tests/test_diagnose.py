@@ -8,6 +8,7 @@ import pytest
 from experiments.watch import diagnose
 
 STEPS = 40
+LOOKS = ("held_out_accuracy", "base_kl", "think_tokens", "in_steps")  # in few lines
 
 
 def log(**curves):
@@ -23,6 +24,8 @@ def log(**curves):
         "entropy": lambda done: 0.4 - 0.38 * done,
         "k3_old": lambda done: 0.003,
         "base_kl": lambda done: 0.1 * done,
+        "think_tokens": lambda done: 6 + 15 * done,
+        "in_steps": lambda done: 0.2 + 0.79 * done,
         "logp_gap": lambda done: 1e-5,
     }
     records = []
@@ -31,7 +34,7 @@ def log(**curves):
         record = {"stage": "r1_zero", "step": step + 1}
         record |= {name: curve(done) for name, curve in (healthy | curves).items() if curve}
         if (step + 1) % 10:
-            for name in ("held_out_accuracy", "base_kl"):
+            for name in LOOKS:
                 record.pop(name, None)
         records.append(record)
     return records
@@ -68,6 +71,9 @@ def test_a_healthy_log_has_no_complaint():
             "length",
             {"completion_tokens": lambda done: 11 + 60 * done**2, "accuracy": lambda done: 0.6},
         ),
+        ("thinking", {"think_tokens": lambda done: 20 - 14 * done}),
+        ("thinking", {"think_tokens": lambda done: 1.0, "in_steps": None}),
+        ("thinking", {"in_steps": lambda done: 0.2 * (1 - done)}),
         ("held-out accuracy", {"held_out_accuracy": stuck}),
         ("reward", {"accuracy": lambda done: 0.6 - 0.3 * done}),
         ("policy step", {"k3_old": lambda done: 0.3 * (done > 0.5)}),
@@ -89,6 +95,7 @@ def test_what_success_explains_is_no_complaint():
     entropy = {"entropy": lambda done: 0.4 * (1 - done) ** 4}
     assert sick(log(**entropy, no_signal=lambda done: done)) == []
     assert sick(log(held_out_accuracy=lambda done: 0.97)) == []
+    assert sick(log(think_tokens=lambda done: 20 - 11 * done, in_steps=None)) == []
     records = log()
     for name in ("k3_old", "logp_gap"):
         del records[5][name]  # a step in which no row had an advantage
@@ -115,11 +122,27 @@ def test_a_log_of_nan_alone_is_one_complaint():
     assert len(diagnose.diagnose(log(**curves))) == 1
 
 
+def test_thoughts_that_shrink_are_told_where_answers_are_right():
+    """From 31 to 98 % with thoughts of one token is told; a run that fails has other troubles."""
+
+    def complaints(thoughts, right):
+        curves = {"think_tokens": thoughts, "held_out_accuracy": right}
+        curves = {name: lambda done, x=x: x[done > 0.5] for name, x in curves.items()}
+        found = diagnose.diagnose(log(in_steps=None, **curves))
+        return {check.name: said for check, said, healthy in found if not healthy}
+
+    said = "thoughts 9.0 -> 1.0 tokens, held-out accuracy 0.31 -> 0.98"
+    assert complaints((9.0, 1.0), (0.31, 0.98)) == {"thinking": said}
+    assert "thinking" in complaints((1.0, 1.0), (0.95, 0.95)), "high from the start"
+    assert "thinking" not in complaints((9.0, 5.0), (0.31, 0.98)), "more than half is left"
+    assert "thinking" not in complaints((9.0, 1.0), (0.5, 0.3)), "the fall is what to look at"
+
+
 def test_what_a_log_does_not_hold_is_not_asked(tmp_path, capsys):
     """A check without its fields is left out; a verdict comes with range and advice."""
     found = diagnose.diagnose(log(base_kl=None, k3_old=None, held_out_accuracy=None))
     asked = {check.name for check, _, _ in found}
-    assert {"distance", "policy step", "held-out accuracy"}.isdisjoint(asked)
+    assert {"distance", "policy step", "held-out accuracy", "thinking"}.isdisjoint(asked)
     text = "".join(json.dumps(record) + "\n" for record in log(cut=stuck))
     (tmp_path / "log.jsonl").write_text(text)
     (tmp_path / "config.json").write_text('{"dtype": "float32", "device": "cpu"}')

@@ -27,10 +27,11 @@ from experiments.lessons.bias import (
     true_gradient,
     weight_of_question,
 )
-from grpo import KL_TERMS
+from grpo import ADVANTAGES, KL_ESTIMATORS, kl_penalty
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 SEEDS = (0, 1, 2)
+KINDS = ("k1", "k2", "k3", "k3_ratio")
 
 
 # -------------------------------------------------------------------------- the enumeration itself
@@ -135,10 +136,11 @@ def test_a_mean_over_tokens_turns_the_gradient_a_sum_does_not():
 
 
 @pytest.mark.parametrize("group_size", [2, 3])
-@pytest.mark.parametrize("scale", ["none", "std", "leave_one_out"])
-def test_with_two_rewards_the_scale_changes_the_weight_alone(scale, group_size):
-    """Where outputs are right or wrong, the scale changes a question's weight, not its
-    direction."""
+@pytest.mark.parametrize("scale", [*ADVANTAGES, "own"])
+def test_with_two_rewards_the_scale_changes_the_weight_alone(scale, group_size, monkeypatch):
+    """Where outputs are right or wrong, the scale changes a question's weight, not its direction.
+    This holds for a user's own row too, which need not subtract the mean."""
+    monkeypatch.setitem(ADVANTAGES, "own", lambda groups, eps: 3 * groups - 1)
     logits, right = random_logits(0), (REWARDS == 2).double()
     pass_rate = (probabilities(logits) * right).sum().item()
     found = expected_gradient(logits, right, group_size, "reinforce", scale=scale)
@@ -172,7 +174,7 @@ def both_gradients(logits, reference):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_each_kl_kind_gives_the_gradient_its_docstring_says(seed):
-    """For tokens that the policy itself sampled."""
+    """For tokens that the policy itself sampled: in the loss, and from `kl_penalty` alone."""
     logits, reference = random_logits(seed), random_logits(seed + 10)
     reverse, forward = both_gradients(logits, reference)
     targets = {"k1": torch.zeros_like(logits), "k2": reverse, "k3": forward, "k3_ratio": reverse}
@@ -181,15 +183,32 @@ def test_each_kl_kind_gives_the_gradient_its_docstring_says(seed):
         found = kl_term_gradient(logits, reference, logits, kind)
         for name, target in targets.items():
             assert is_close(found, target) == is_close(targets[kind], target), (kind, name)
+        policy = logits.clone().requires_grad_()
+        by_token = kl_penalty(output_logps(policy), output_logps(reference), kind)
+        alone = gradient((probabilities(logits) * by_token.sum(dim=1)).sum(), policy)
+        torch.testing.assert_close(alone, found, **CLOSE)
 
 
 def test_off_policy_only_k3_ratio_gives_the_reverse_kl():
     """For tokens that an older policy sampled, only the kind that has the ratio does."""
     logits, reference, older = (random_logits(seed) for seed in SEEDS)
     target = kl_gradient(logits, reference, older, reverse=True)
-    for kind in KL_TERMS:
+    for kind in KINDS:
         found = kl_term_gradient(logits, reference, older, kind)
         assert is_close(found, target) == (kind == "k3_ratio"), kind
+
+
+def test_a_kl_times_the_ratio_has_the_gradient_of_its_mean(monkeypatch):
+    """A row of a user's own, off-policy: k2 times the ratio follows the mean of k2."""
+    monkeypatch.setitem(KL_ESTIMATORS, "own", lambda log_x, ratio: ratio * log_x**2 / 2)
+    logits, reference, older = (random_logits(seed) for seed in SEEDS)
+    policy = logits.clone().requires_grad_()
+    logps = policy.log_softmax(dim=1)
+    mean = (logps.exp() * (reference.log_softmax(dim=1) - logps) ** 2 / 2).sum(dim=1)
+    target = gradient((prefix_probabilities(older) * mean).sum(), policy)
+    found = kl_term_gradient(logits, reference, older, "own")
+    torch.testing.assert_close(found, target, **CLOSE)
+    assert distance(found, kl_gradient(logits, reference, older, reverse=True)) > 0.1
 
 
 def test_k3_ratio_is_exact_for_all_but_lost_tokens_k3_is_not():
@@ -217,7 +236,7 @@ def test_the_kls_gradient_holds_the_sampled_prefixes_fixed():
     assert not is_close(gradient(whole.sum(), policy), weighted)
 
 
-@pytest.mark.parametrize("kind", KL_TERMS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_over_the_length_departs_from_every_target(kind):
     """1/|o_i| is known only when the output has ended. So a token that makes outputs longer weighs
     less."""

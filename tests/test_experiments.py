@@ -4,12 +4,14 @@ import contextlib
 import io
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from experiments.lessons import bias, by_hand
 from experiments.watch import compare, diagnose, plot
+from grpo import ADVANTAGES, KL_ESTIMATORS, VARIANTS, Variant
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,25 +52,33 @@ def test_the_readme_shows_the_worked_example():
 
 @pytest.fixture(scope="module")
 def bias_tables(tmp_path_factory):
-    """What `bias` prints, and the picture that it draws."""
+    """What `bias` prints, the picture that it draws, and the names of the rows of all tables, with
+    a user's own row in each."""
     path = tmp_path_factory.mktemp("bias") / "bias.png"
-    return said(bias.main, ["--plot", str(path)]), path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ADVANTAGES, "sign", lambda groups, eps: (2 * groups - 1).sign())
+        patch.setitem(VARIANTS, "signed", Variant("a test", scale="sign"))
+        patch.setitem(KL_ESTIMATORS, "k2_ratio", lambda log_x, ratio: ratio * log_x**2 / 2)
+        names = Counter([*ADVANTAGES, *VARIANTS, *KL_ESTIMATORS])
+        return said(bias.main, ["--plot", str(path)]), path, names
 
 
 @pytest.mark.docs
 def test_the_readme_shows_the_tables_of_the_bias(bias_tables):
     """Each row of the tables that `bias` prints stands in the README."""
-    names = ("std", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce", "rloo")
-    for name in (*names, *bias.KL_TERMS):
+    names = ("leave_one_out", "none", "std", "k1", "k2", "k3", "k3_ratio")
+    for name in (*names, "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce", "rloo"):
         (line,) = re.findall(rf"^ *{name} .*\d$", bias_tables[0], re.MULTILINE)
         assert line in README, line
 
 
 def test_the_bias_has_a_row_for_each_loss_and_a_picture(bias_tables):
-    """`bias` prints a row for each variant and each KL term, and draws a picture."""
-    shown, path = bias_tables
-    for name in (*bias.VARIANTS, *bias.KL_TERMS):
-        assert len(re.findall(rf"^{name} .*\d$", shown, re.MULTILINE)) == 1
+    """`bias` prints each row of each table, a user's own too, and draws a picture. Of one question
+    the batch is the group, so "batch" has no row beside "std"."""
+    shown, path, names = bias_tables
+    assert {"sign", "signed", "k2_ratio"} <= set(names)
+    printed = Counter(re.findall(r"^ *(\S+) .*\d$", shown, re.MULTILINE))
+    assert {name: printed[name] for name in names} == {**names, "batch": names["batch"] - 1}
     assert path.read_bytes().startswith(PNG)
 
 
@@ -100,8 +110,8 @@ def words(text):
 
 
 def results(right):
-    seconds = {"total": 60.0 * right}
-    return {"seed": 0, "seconds": seconds, "base": {"pass@1": 0.25}, "r1_zero": {"pass@1": right}}
+    seconds, ended = {"total": 60.0 * right}, {"pass@1": right, "thinking": {"a_measure": right}}
+    return {"seed": 0, "seconds": seconds, "base": {"pass@1": 0.25}, "r1_zero": ended}
 
 
 def test_two_runs_are_compared_by_settings_results_and_logs(tmp_path):
@@ -114,6 +124,7 @@ def test_two_runs_are_compared_by_settings_results_and_logs(tmp_path):
     assert ["variant", "grpo", "mine"] in lines
     assert ["lr", "0.5", "1", "+0.5"] in lines
     assert ["pass@1", "0.5", "0.75", "+0.25"] in lines and ["total", "30", "45", "+15"] in lines
+    assert ["thinking", "a_measure", "0.5", "0.75", "+0.25"] in lines, "of whatever task"
     assert ["accuracy", "0.3875", "0.775", "+0.388"] in lines, "steps 11 to 20"
     assert ["accuracy", "0.2625", "0.525"] in [line[:3] for line in lines], "all steps"
     assert ["k3_old", "-", "0.125"] in lines

@@ -1,6 +1,8 @@
 """The command lines of train.py and sample.py: what they take, and what they refuse in one line."""
 
+import json
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -25,25 +27,30 @@ def test_every_knob_is_a_flag_with_its_comment_for_help(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for field in fields(Config):
-        line = next(line for line in shown.splitlines() if line.startswith(f"  --{field.name} "))
-        words = shown[shown.index(line) + len(field.name) + 4 :].split("[")[0]
+        name = re.escape(f"--{field.name}") + (f", --no-{field.name}" * (field.type is bool))
+        (words,) = re.findall(rf"^  {name}\s(.*?)\[", shown, re.MULTILINE | re.DOTALL)
         assert words.strip(), f"{field.name} needs a comment in Config, two spaces before its #"
         assert f"[{field.default!r}]" in shown
 
 
 def test_flags_go_over_the_preset_and_the_preset_over_the_defaults():
     config = parsed(["--preset", "tiny", "--seed", "3", "--lr", "0.5"])
-    settings = {"preset": "tiny", "seed": 3, "lr": 0.5, "out": "out/tiny-grpo-seed3"}
+    settings = {"preset": "tiny", "seed": 3, "lr": 0.5, "out": "out/chains-tiny-grpo-seed3"}
+    settings["min_level"] = 1  # the task's own
     assert config == Config(**train.PRESETS["tiny"] | settings)
-    assert parsed([]) == replace(Config(), out="out/cpu-grpo-seed0")
+    assert parsed([]) == Config(out="out/chains-cpu-grpo-seed0", min_level=1, max_level=5)
+    assert parsed(["--task=chains-99"]).levels == range(1, 9)
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_the_preset_is_gpu_where_there_is_one(monkeypatch, cuda):
+def test_size_and_device_are_two_things(monkeypatch, cuda):
+    """The device is a GPU where there is one; the sizes are the same until --preset says other."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    config = parsed([])
-    assert (config.preset, config.device) == (("gpu", "cuda") if cuda else ("cpu", "cpu"))
-    assert parsed(["--preset=cpu"]).device == "cpu"
+    for preset in ("cpu", "gpu", "tiny"):
+        config = parsed([f"--preset={preset}"])
+        assert (config.preset, config.device) == (preset, "cuda" if cuda else "cpu")
+    assert parsed([]).preset == "cpu"
+    assert parsed(["--device=cpu"]).device == "cpu"
 
 
 def test_a_stage_adds_its_own_knobs(capsys):
@@ -51,17 +58,19 @@ def test_a_stage_adds_its_own_knobs(capsys):
 
     @dataclass(frozen=True)
     class Mine(Config):
-        lam: float = 0.95  # how far a value looks ahead
+        lam: float = 0.95  # how far a value looks ahead, 95 % at first
+        seed: int = 0  # of my own stage
         RANGES: ClassVar = Config.RANGES | {"lam": (0, 1)}
 
     config = flags.parse(Mine, train.PRESETS, ["--lam", "0.5", "--seed", "2"], "", "mine")
-    assert (config.lam, config.seed, config.out) == (0.5, 2, "out/cpu-grpo-seed2")
+    assert (config.lam, config.seed, config.out) == (0.5, 2, "out/chains-cpu-grpo-seed2")
     with pytest.raises(SystemExit):
         flags.parse(Mine, train.PRESETS, ["--lam", "1.5"], "", "mine")
     assert "mine: error: --lam must be from 0 to 1, not 1.5" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         flags.parse(Mine, train.PRESETS, ["--help"], "", "mine")
-    assert "how far a value looks ahead" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "looks ahead, 95 % at first" in shown and "of my own stage" in shown
     assert "lam" not in {field.name for field in fields(Config)}
 
 
@@ -88,7 +97,7 @@ ONE_UPDATE = "makes one update a rollout: add --minibatches 1 --inner_epochs 1"
         ("--dtype float16", "invalid choice: 'float16'"),
         ("--kl k4 --beta 1", "invalid choice: 'k4'"),
         ("--steps many", "invalid int value: 'many'"),
-        ("--group_size 1", "--group_size must be from 2 to"),
+        ("--group_size 1", "--group_size must be at least 2: an advantage compares with a group"),
         ("--eval_samples 7", "--eval_samples must be from 8 to"),
         ("--steps 0", "--steps must be from 1 to"),
         ("--n_head 0", "--n_head must be from 1 to"),
@@ -120,22 +129,19 @@ ONE_UPDATE = "makes one update a rollout: add --minibatches 1 --inner_epochs 1"
         ("--rewards accuracy=1e39", "must be rules with weights"),
         ("--pretrain_tokens 1", "--pretrain_tokens must be at least --max_seq_len 96"),
         ("--max_level 9 --max_new_tokens 20", "documents of --max_level 9: 102 tokens exceed the"),
-        ("--max_level 1 --min_level 1", "--max_level must be from 2 to 12"),
-        ("--max_level 13", "--max_level must be from 2 to 12"),
-        ("--min_level 6", "--min_level 6 is above --max_level 5"),
+        ("--max_level 1 --min_level 1", "--max_level must be at least 2"),
+        ("--max_level 13", "--max_level must be from 0 to 12"),
+        ("--min_level 6", "--min_level 6 is above --max_level"),
+        ("--task sums", "invalid choice: 'sums'"),
         ("--max_seq_len 70", "context of 70"),
         ("--max_seq_len 40 --pretrain_tokens 100", "--max_seq_len must be from 48 to"),
-        ("--eval_problems 3", "--eval_problems must be at least one for each level and language"),
-        ("--operators +*", "--operators +* must be of +-"),
-        ("--operators +/", "--operators +/ must be of +-"),
-        ("--languages en,fr", "--languages en,fr must be of en,ko, each at most once"),
-        ("--languages en,en", "--languages en,en must be of en,ko, each at most once"),
-        ("--max_total 16", "--max_total must be from 17 to 99, not 16"),
+        ("--eval_problems 3", "--eval_problems must be at least 4, one for each kind"),
         ("--cuda_graphs", "--cuda_graphs needs a CUDA device"),
-        ("--preset gpu", "--device cuda cannot be used here"),
+        ("--device cuda", "--device cuda cannot be used here"),
         ("--device cuda:77", "--device cuda:77 cannot be used here"),
         ("--device meta", "--device meta cannot be used here"),
         ("--device abacus", "--device abacus cannot be used here"),
+        ("--variant grpo --kl evil --beta 1", "invalid choice: 'evil'"),
         ("--init tests", "tests: a folder, not a model file such as tests/base.pt"),
         ("--init nowhere/base.pt", "nowhere/base.pt: there is no such file"),
         ("--n_head 5", "n_head"),
@@ -147,15 +153,13 @@ def test_bad_flags_are_refused_before_anything_is_written(arguments, complaint, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_task_at_its_bounds_is_accepted():
-    for flags_ in (["--operators=+-", "--max_total=17"], ["--operators=+-*", "--max_total=99"]):
-        assert parsed([*flags_, "--max_level=12"]).task.max_total in (17, 99)
-
-
 def test_models_of_another_shape_or_vocabulary_are_refused(capsys, tmp_path):
-    save_model(tmp_path / "other.pt", Transformer(ModelConfig(vocab_size=50, **SHAPE)))
+    save_model(
+        tmp_path / "other.pt", Transformer(ModelConfig(vocab_size=50, **SHAPE, task="chains"))
+    )
     save_model(tmp_path / "short.pt", Transformer(replace(small_model().config, max_seq_len=30)))
     mine = replace(small_model().config, vocabulary="of a task of my own")
+    save_model(tmp_path / "nobody's.pt", Transformer(replace(mine, task="sums")))
     save_model(tmp_path / "same_size.pt", Transformer(mine))
     broken = small_model()
     broken.embedding.weight.data[3, 4] = math.nan
@@ -164,6 +168,7 @@ def test_models_of_another_shape_or_vocabulary_are_refused(capsys, tmp_path):
     for name, complaint in (
         ("other", "learned other words"),
         ("same_size", "learned other words"),
+        ("nobody's", 'a model of the task "sums", which is not here'),
         ("cut", "cut.pt"),
         ("broken", "NaN or infinite"),
         ("missing", "missing.pt"),
@@ -185,9 +190,60 @@ def test_problems_that_sample_cannot_ask_are_refused(capsys, tmp_path, monkeypat
     arguments = ["--checkpoint", "model.pt"]
     for typed, complaint in (
         (["7 + banana"], '"banana" stands where a number'),
+        (["7 더하기 8"], "this model was asked in en alone"),
         ([" + ".join("7" * 60)], "context of 96"),
-        (["7 + 8", "-n", "0"], "-n must be at least 1"),
+        (["7 + 8", "-n", "0"], "-n must be from 1 to 4096"),
+        (["7 + 8", "-n", "100000000"], "-n must be from 1 to 4096"),
         (["7 + 8", "--temperature", "nan"], "--temperature must"),
         (["7 + 8", "--seed", "9" * 20], "--seed must"),
     ):
-        assert complaint in refused(sample.main, [*typed, *arguments], capsys)
+        with pytest.raises(SystemExit) as stop:
+            sample.main([*typed, *arguments])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and complaint in said and said.count("\n") == 1
+
+
+def test_a_talk_says_who_speaks_and_what_lies_outside(capsys, tmp_path, monkeypatch):
+    """Each question has new noise, unless --seed says which; quit, Ctrl-D and Ctrl-C end it."""
+    save_model(tmp_path / "model.pt", small_model())
+    arguments = ["--checkpoint", str(tmp_path / "model.pt")]
+
+    def talk(lines, *more, end=EOFError):
+        typed = iter(lines)
+
+        def answer(prompt):
+            line = next(typed, None)
+            if line is None:
+                raise end
+            return line
+
+        monkeypatch.setattr("builtins.input", answer)
+        sample.main([*arguments, *more])
+        return capsys.readouterr().out
+
+    shown = talk(["2 + 2", "2 + 2", "9 * 9", "banana"])
+    assert shown.startswith(f"{tmp_path}/model.pt: it learned chains, levels 1 to 5, such as 7 + 8")
+    one, two = re.findall(r"what is 2 plus 2\?\nAssistant:(.*?)\n\n", shown, re.DOTALL)
+    assert one != two
+    outside = "(outside of what it learned: operators beside + -, a running total beside 0 to 20)"
+    assert outside in shown and shown.count("(outside") == 1
+    assert '"banana" stands where a number' in shown and shown.endswith("\n\n")
+    shown = talk(["2 + 2", "2 + 2", "quit", "1 + 1"], "--seed", "3")
+    one, two = re.findall(r"what is 2 plus 2\?\nAssistant:(.*?)\n\n", shown, re.DOTALL)
+    assert one == two and "1 plus 1" not in shown
+    assert talk([], end=KeyboardInterrupt).endswith("quit.\n\n")
+
+
+def test_a_group_has_the_rewards_and_advantages_of_its_training(capsys, tmp_path):
+    save_model(tmp_path / "model.pt", small_model())
+    settings = {"min_level": 1, "max_level": 3, "rewards": "format=2,language=0"}
+    settings["variant"] = "dr_grpo"
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    sample.main(["2", "+", "2", "-n", "4", "--checkpoint", str(tmp_path / "model.pt")])
+    shown = capsys.readouterr().out
+    assert "levels 1 to 3" in shown and "rewarded for format=2,language=0" in shown
+    rows = re.findall(r"^--- format ([01])  language 0  advantage ([+-].*)$", shown, re.MULTILINE)
+    rewards = [2 * float(form) for form, _ in rows]
+    assert len(rows) == 4
+    for reward, (_, advantage) in zip(rewards, rows):  # dr_grpo: not over the deviation
+        assert float(advantage) == pytest.approx(reward - sum(rewards) / 4, abs=0.01)

@@ -1,13 +1,14 @@
 """The mathematics of grpo.py against loops that a reader can check, in float64."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from grpo import (
+    ADVANTAGES,
     KL_ESTIMATORS,
-    KL_TERMS,
     VARIANTS,
     Variant,
     clipped_surrogate,
@@ -32,12 +33,28 @@ CLIPS = {  # DAPO's and GSPO's are their papers', CISPO's is ScaleRL's, 0.2 is P
     "rloo": (math.inf, math.inf),
 }
 MAX_TOKENS = 11
-KL_FORMULAS = {  # of x = pi_ref / pi
-    "k1": lambda x: -torch.log(x),
-    "k2": lambda x: torch.log(x) ** 2 / 2,
-    "k3": lambda x: x - torch.log(x) - 1,
+KL_FORMULAS = {  # of x = pi_ref / pi and of the ratio pi / pi_old
+    "k1": lambda x, ratio: -torch.log(x),
+    "k2": lambda x, ratio: torch.log(x) ** 2 / 2,
+    "k3": lambda x, ratio: x - torch.log(x) - 1,
+    "k3_ratio": lambda x, ratio: ratio * (x - torch.log(x) - 1),
+    "own": lambda x, ratio: ratio * torch.log(x) ** 2 / 2,
 }
-KL_KINDS = (*KL_FORMULAS, "k3_ratio")
+# A test of a paper's equation is for the rows named above. A test of an invariance is for every row
+# of a table, so it holds a new row to the invariance at once.
+KL_KINDS, SCALES = (*KL_ESTIMATORS, "own"), (*ADVANTAGES, "own")
+
+
+def by_rank(groups, eps):
+    """The share of the group that an output beats, less the share that beats it."""
+    return (groups[:, :, None] - groups[:, None]).sign().mean(dim=2)
+
+
+@pytest.fixture(autouse=True)
+def own_rows(monkeypatch):
+    """Rows of a user's own: an advantage that is no division, and a KL that needs the ratio."""
+    monkeypatch.setitem(ADVANTAGES, "own", by_rank)
+    monkeypatch.setitem(KL_ESTIMATORS, "own", lambda log_x, ratio: ratio * log_x**2 / 2)
 
 
 def random_batch(seed=0, B=6, T=7):
@@ -108,15 +125,10 @@ def loss_by_loops(
                 objective = advantage * logps[i, t]
             if beta:
                 x = torch.exp(ref_logps[i, t] - logps[i, t])
-                estimate = KL_FORMULAS[kl[:2]](x)
-                objective = objective - beta * estimate * (ratio if kl.endswith("_ratio") else 1)
+                objective = objective - beta * KL_FORMULAS[kl](x, ratio)
             total = total + objective / (len(steps) if variant in ("grpo", "gspo") else 1)
     counts = {"dapo": tokens, "cispo": tokens, "dr_grpo": len(mask) * MAX_TOKENS}
     return -total / counts.get(variant, len(mask))
-
-
-# A test of a paper's equation is for the variants in CLIPS. A test of an invariance is for every
-# row of VARIANTS, so it holds a new row to the invariance at once.
 
 
 def compute(variant, logps, old_logps, ref_logps, advantages, mask, **options):
@@ -135,7 +147,7 @@ def gradient_of(loss, logps):
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["one advantage", "by token"])
-@pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.3, kl) for kl in KL_KINDS)])
+@pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.3, kl) for kl in KL_FORMULAS)])
 @pytest.mark.parametrize("variant", CLIPS)
 def test_loss_and_gradient_equal_the_papers_equations(variant, beta, kl, per_token):
     """The equations are written as loops over tokens."""
@@ -252,12 +264,13 @@ def test_without_old_logps_the_gradient_is_reinforces(variant):
     assert set(metrics) == {"tokens", "k1_ref", "k3_ref"}
 
 
+@pytest.mark.parametrize("kl", KL_KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_gradient_flows_into_old_or_reference_logps(variant):
+def test_no_gradient_flows_into_old_or_reference_logps(variant, kl):
     """Not even where they carry a graph: the gradients of logps and old_logps would cancel, and
     whoever forgets to detach them would train nothing."""
     logps, old_logps, ref_logps, advantages, mask = random_batch()
-    options = {"beta": 0.3, "kl": "k2"}
+    options = {"beta": 0.3, "kl": kl}
     expected, _ = compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)
     graph = (logps - logps.detach()).masked_fill(~mask, 0.0)  # 0, with the gradient of logps
     old_logps, ref_logps = old_logps + graph, ref_logps + graph
@@ -311,14 +324,15 @@ def test_loss_of_a_fresh_group_is_zero_and_its_gradient_is_not():
 # ------------------------------------------------------------------------------------- invariances
 
 
+@pytest.mark.parametrize("kl", KL_KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_more_padding_changes_neither_loss_nor_metrics(variant):
+def test_more_padding_changes_neither_loss_nor_metrics(variant, kl):
     logps, old_logps, ref_logps, advantages, mask = random_batch()
 
     def padded(x, value):
         return torch.nn.functional.pad(x, (2, 5), value=value)
 
-    options = {"beta": 0.1, "kl": "k3_ratio"}
+    options = {"beta": 0.1, "kl": kl}
     one = compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)
     wide = [padded(x, value) for x, value in ((logps, 9.0), (old_logps, -50.0), (ref_logps, 1e5))]
     two = compute(variant, *wide, advantages, padded(mask, False), **options)
@@ -330,11 +344,12 @@ def test_more_padding_changes_neither_loss_nor_metrics(variant):
     [[[0, 1, 2, 3, 4, 5]], [[5, 2], [0, 4], [1, 3]], [[3], [0], [5], [1], [4], [2]]],
     ids=str,
 )
+@pytest.mark.parametrize("kl", KL_KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_micro_batches_add_up_to_the_gradient_of_the_step(variant, parts):
+def test_micro_batches_add_up_to_the_gradient_of_the_step(variant, kl, parts):
     """Micro-batches of any size and in any order; their losses and metrics add up as well."""
     logps, _, _, _, mask = batch = random_batch()
-    options = {"beta": 0.1, "kl": "k3_ratio"}
+    options = {"beta": 0.1, "kl": kl}
     whole, whole_metrics = compute(variant, *batch, **options)
     options["normalizer"] = loss_normalizer(mask, variant, MAX_TOKENS)
     total, gradient, metrics = 0.0, torch.zeros_like(logps), dict.fromkeys(whole_metrics, 0)
@@ -364,9 +379,10 @@ def test_rows_without_advantage_may_be_dropped_once_counted(variant):
     [[1, 0, 2, 3, 4, 5], [4, 5, 0, 1, 2, 3], [2, 5, 0, 4, 1, 3]],
     ids=["group", "prompts", "rows"],
 )
+@pytest.mark.parametrize("kl", KL_KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_order_of_rows_and_of_prompts_does_not_matter(variant, order):
-    batch, options = random_batch(), {"beta": 0.1, "kl": "k3"}
+def test_the_order_of_rows_and_of_prompts_does_not_matter(variant, kl, order):
+    batch, options = random_batch(), {"beta": 0.1, "kl": kl}
     one, one_metrics = compute(variant, *batch, **options)
     two, two_metrics = compute(variant, *(x[order] for x in batch), **options)
     torch.testing.assert_close((one, one_metrics), (two, two_metrics), **CLOSE)
@@ -452,7 +468,19 @@ def test_kl_estimates_equal_the_formulas():
     x = ref_logps.exp() / logps.exp()
     for kind, formula in KL_FORMULAS.items():
         value = kl_penalty(logps, ref_logps, kind)
-        torch.testing.assert_close(value, formula(x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(value, formula(x, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KL_KINDS)
+def test_kl_penalty_is_the_kl_of_the_loss_on_policy(kind):
+    """Its ratio has the value 1, and carries the gradient."""
+    logps, _, ref_logps, advantages, mask = random_batch()
+    options = {"ref_logps": ref_logps, "normalizer": 1, "variant": "reinforce"}
+    loss, _ = policy_loss(logps, 0 * advantages, mask, beta=1.0, kl=kind, **options)
+    alone = kl_penalty(logps[mask], ref_logps[mask], kind).sum()
+    torch.testing.assert_close(alone, loss, **CLOSE)
+    gradients = (gradient_of(alone, logps), gradient_of(loss, logps))
+    torch.testing.assert_close(*gradients, **CLOSE)
 
 
 def test_k1_and_k3_are_unbiased_and_k3_is_never_negative():
@@ -489,7 +517,7 @@ def test_a_token_that_the_policy_all_but_lost_has_a_finite_kl(kl):
     assert metrics["k3_ref"].item() == pytest.approx(lost + kept, rel=1e-6)
     gradient = gradient_of(loss, logps)[0]
     assert gradient.isfinite().all()
-    # Each is a mean over two tokens. k3 is constant; k3_ratio has the reverse KL's gradient,
+    # The loss is a mean over two tokens. k3 is constant; k3_ratio has the reverse KL's gradient,
     # unclamped.
     assert gradient[1].item() == pytest.approx(-199 / 2 if kl == "k3_ratio" else 0, rel=1e-6)
 
@@ -497,7 +525,7 @@ def test_a_token_that_the_policy_all_but_lost_has_a_finite_kl(kl):
 # -------------------------------------------------------------------------------------- advantages
 
 
-@pytest.mark.parametrize("scale", ["std", "none", "batch", "leave_one_out"])
+@pytest.mark.parametrize("scale", ["std", "none", "batch", "leave_one_out", "own"])
 def test_advantages_equal_the_formulas_written_as_loops(scale):
     rewards = [0.0, 1.0, 2.0, 0.5, 1.0, 1.0, 0.0, 1.0]
 
@@ -516,13 +544,14 @@ def test_advantages_equal_the_formulas_written_as_loops(scale):
                     "none": centered,
                     "batch": centered / (deviation(rewards) + 1e-4),
                     "leave_one_out": reward - sum(others) / 3,
+                    "own": sum((reward > other) - (reward < other) for other in others) / 4,
                 }[scale]
             )
     advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), 4, scale)
     torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64), **CLOSE)
 
 
-@pytest.mark.parametrize("scale", ["std", "none", "batch", "leave_one_out"])
+@pytest.mark.parametrize("scale", SCALES)
 def test_a_group_of_equal_rewards_gets_exactly_zero(scale):
     """Exactly, even where their mean is rounded."""
     rewards = torch.full((7,), 0.1)
@@ -547,13 +576,14 @@ def test_rewards_of_one_prompt_do_not_reach_another(scale):
     assert torch.equal(one[:2], two[:2]) and not torch.equal(one, two)
 
 
-def test_permuting_prompts_or_outputs_permutes_the_advantages():
+@pytest.mark.parametrize("scale", SCALES)
+def test_permuting_prompts_or_outputs_permutes_the_advantages(scale):
+    """So outputs of equal reward have one advantage: a rank by argsort, with its ties, has not."""
     rewards = torch.tensor([0.0, 1, 2, 0, 1, 1, 3, 0, 0], dtype=torch.float64)
-    for scale in ("std", "none", "batch", "leave_one_out"):
-        advantages = group_advantages(rewards, 3, scale)
-        for order in ([6, 7, 8, 0, 1, 2, 3, 4, 5], [2, 0, 1, 5, 4, 3, 6, 8, 7]):
-            permuted = group_advantages(rewards[order], 3, scale)
-            torch.testing.assert_close(permuted, advantages[order], **CLOSE)
+    advantages = group_advantages(rewards, 3, scale)
+    for order in ([6, 7, 8, 0, 1, 2, 3, 4, 5], [2, 0, 1, 5, 4, 3, 6, 8, 7]):
+        permuted = group_advantages(rewards[order], 3, scale)
+        torch.testing.assert_close(permuted, advantages[order], **CLOSE)
 
 
 # ------------------------------------------------------------------------------- log-probabilities
@@ -600,6 +630,23 @@ def test_entropy_of_a_uniform_policy_is_log_v():
     assert token_entropy(logits, temperature=2.0)[0, 1].item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_impossible_token_adds_nothing_to_the_entropy(dtype):
+    """Logits of -inf, as top-k leaves them: the entropy and its gradient are those of the rest."""
+    generator = torch.Generator().manual_seed(5)
+    rest = torch.randn(2, 4, 3, generator=generator).to(dtype).requires_grad_()
+    impossible = torch.full((2, 4, 6), -math.inf, dtype=dtype)
+    expected = token_entropy(rest, 0.7)
+    found = token_entropy(torch.cat((impossible, rest), dim=2), 0.7)
+    torch.testing.assert_close(found, expected)
+    weights = torch.arange(8.0).view(2, 4).to(found.dtype)
+    wanted = gradient_of((weights * expected).sum(), rest)
+    torch.testing.assert_close(gradient_of((weights * found).sum(), rest), wanted)
+    logits = torch.tensor([[[0.0, -math.inf], [0.0, 0.0]]], dtype=dtype, requires_grad=True)
+    entropy = token_entropy(logits)
+    assert entropy.tolist() == [[0, 0]] and not gradient_of(entropy.sum(), logits).any()
+
+
 # --------------------------------------------------------------------------------------- bad input
 
 
@@ -618,7 +665,7 @@ def test_bad_input_to_the_loss_is_refused_with_what_was_seen():
     refused(r"old_logps \(6, 1\)", old_logps=old_logps[:, :1])
     refused(r"ref_logps \(6, 1\)", ref_logps=ref_logps[:, :1])
     refused('variant "ppo" is not among .*grpo, ', variant="ppo")
-    refused(f'kl "k9" is not among {", ".join(KL_TERMS)}', kl="k9")
+    refused(f'kl "k9" is not among {", ".join(KL_ESTIMATORS)}', kl="k9")
     refused("beta 0.1 needs ref_logps", beta=0.1)
     refused("beta .* not -1", beta=-1, ref_logps=ref_logps)
     refused("beta .* not nan", beta=math.nan, ref_logps=ref_logps)
@@ -634,8 +681,12 @@ def test_bad_input_to_the_loss_is_refused_with_what_was_seen():
         refused("on-policy", variant=variant, old_logps=old_logps)
         refused("has no clip", variant=variant, clip_high=0.3)
         refused("has no clip", variant=variant, clip_low=0.3)
-    with pytest.raises(ValueError, match=r"float32 or float64, not \(6, 7\) torch\.bfloat16"):
-        policy_loss(logps.bfloat16(), advantages, mask)
+    for dtype in (torch.bfloat16, torch.float16, torch.int64):
+        seen = rf"logps must be \(B, T\), float32 or float64, not \(6, 7\) {dtype}$"
+        refused(f"^old_{seen}", old_logps=old_logps.to(dtype))
+        refused(f"^ref_{seen}", ref_logps=ref_logps.to(dtype))
+        with pytest.raises(ValueError, match=f"^{seen}"):
+            policy_loss(logps.detach().to(dtype), advantages, mask)
     with pytest.raises(ValueError, match=r"logps must be \(B, T\).* not \(7,\)"):
         policy_loss(logps[0], advantages[0], mask)
 
@@ -657,6 +708,20 @@ def test_a_new_row_that_does_not_fit_is_refused_by_name(choices, monkeypatch):
         policy_loss(logps, advantages, mask, old_logps=old_logps, variant="mine")
 
 
+@pytest.mark.parametrize("share", [lambda x: x.mean(), lambda x: x[..., :1]], ids=["()", "(B, 1)"])
+def test_a_row_that_gives_another_shape_is_refused_by_name(share, monkeypatch):
+    """It would broadcast. What each row must give, and what this row gave, is told."""
+    monkeypatch.setitem(ADVANTAGES, "mine", lambda groups, eps: share(groups))
+    monkeypatch.setitem(KL_ESTIMATORS, "mine", lambda ref_log_ratio, ratio: share(ref_log_ratio))
+    logps, _, ref_logps, advantages, mask = random_batch()
+    with pytest.raises(ValueError, match=r'^scale "mine" must give the shape \(2, 3\), not \('):
+        group_advantages(torch.arange(6.0), 3, "mine")
+    with pytest.raises(ValueError, match=r'^kind "mine" must give the shape \(6, 7\), not \('):
+        kl_penalty(logps, ref_logps, "mine")
+    with pytest.raises(ValueError, match=r'^kl "mine" must give the shape \(6, 7\), not \('):
+        policy_loss(logps, advantages, mask, ref_logps=ref_logps, beta=0.1, kl="mine")
+
+
 def test_bad_input_to_other_functions_is_refused():
     rewards, infinite = torch.zeros(4), torch.tensor([0.0, math.nan, 1.0, math.inf])
     logits, tokens = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
@@ -676,7 +741,7 @@ def test_bad_input_to_other_functions_is_refused():
         ("temperature inf above 0", token_entropy, logits, math.inf),
         (r"logits \(3, 5\)", token_entropy, logits[0]),
         (r"ref_logps \(2, 3\)", kl_penalty, torch.zeros(2, 4), torch.zeros(2, 3)),
-        ('kind "k3_ratio" is not among k1, k2, k3', kl_penalty, rewards, rewards, "k3_ratio"),
+        ('kind "k9" is not among k1, k2, k3, k3_ratio', kl_penalty, rewards, rewards, "k9"),
         ("holds no token", loss_normalizer, ~mask),
         (r"\(3,\)", loss_normalizer, mask[0]),
         (r"\(2, 3, 1\)", loss_normalizer, mask[..., None]),
@@ -692,6 +757,6 @@ def test_the_loss_with_a_normalizer_reads_nothing_back():
     """It runs on "meta" tensors, which have no values: whatever reads one back would raise."""
     logps, old_logps, ref_logps, advantages, mask = (x.detach().to("meta") for x in random_batch())
     logps.requires_grad_()
-    for variant in VARIANTS:
-        options = {"beta": 0.1, "kl": "k3_ratio", "normalizer": 6}
+    for variant, kl in itertools.product(VARIANTS, KL_KINDS):
+        options = {"beta": 0.1, "kl": kl, "normalizer": 6}
         compute(variant, logps, old_logps, ref_logps, advantages, mask, **options)[0].backward()

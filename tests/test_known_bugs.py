@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import train
-from data.arithmetic import Task
 from data.problem import sample_problems, stream
 from experiments.lessons.bias import kl_gradient, kl_term_gradient, random_logits
 from grpo import (
+    KL_ESTIMATORS,
     VARIANTS,
     clipped_surrogate,
     group_advantages,
@@ -45,7 +45,7 @@ def ragged(lengths=(5, 2, 7, 1), seed=0):
 
 
 def some_problems(count):
-    return sample_problems(stream(0, "any"), Task(), [2], count)
+    return sample_problems(stream(0, "any"), small.CHAINS, [2], count)
 
 
 def rollout_of(model, temperature=1.0, group_size=4, count=2):
@@ -124,6 +124,26 @@ def test_the_log_ratio_is_clamped_before_the_exponential():
     assert torch.autograd.grad(wrong.sum(), logps)[0].isnan().all()
     ours = kl_penalty(logps, torch.tensor([[-1.0]]))
     assert torch.autograd.grad(ours.sum(), logps)[0].isfinite().all()
+
+
+def test_a_kl_that_needs_the_ratio_is_a_row_like_any_other(monkeypatch):
+    """Wrong: the loss knows one such estimator by name. A second is taken as a flag, and ends the
+    training."""
+    assert train.Config.CHOICES["kl"] == list(KL_ESTIMATORS)
+    given = []
+
+    def own(ref_log_ratio, ratio):
+        given.append(ratio.detach())
+        return ratio * ref_log_ratio**2 / 2
+
+    monkeypatch.setitem(KL_ESTIMATORS, "own", own)
+    config = replace(SMALL, beta=1.0, steps=1)
+    weights = [
+        run_grpo(replace(config, kl=kl), policy=small_model(1))[0].state_dict()
+        for kl in ("own", "k2")
+    ]
+    assert (given[0] - 1).abs().max() < 1e-3 < (given[-1] - 1).abs().max()
+    assert any(not torch.equal(w, weights[1][name]) for name, w in weights[0].items())
 
 
 # ---------------------------------------------------------------------------------- the aggregation
@@ -264,7 +284,7 @@ def test_the_tokens_that_are_trained_are_those_that_were_sampled():
 
 def accuracy_of(problems, texts):
     rollout = small.rollout_of(problems, texts)
-    return train.rules({"accuracy": 1.0})(problems, rollout, 0)["accuracy"]
+    return train.rules({"accuracy": 1.0}, tokenizer)(problems, rollout, 0)["accuracy"]
 
 
 def test_a_completion_is_scored_against_its_own_prompt():
@@ -295,7 +315,7 @@ def test_the_reward_is_the_weighted_sum_of_its_parts_each_counted_once():
     problems = some_problems(1)
     texts = [f"<think> x</think><answer> {problems[0].answer}</answer>", "nothing"]
     rollout = small.rollout_of(problems, texts)
-    rewards = train.rules({"accuracy": 2.0, "format": 0.5})(problems, rollout, 0)
+    rewards = train.rules({"accuracy": 2.0, "format": 0.5}, tokenizer)(problems, rollout, 0)
     assert rewards["reward"].tolist() == [2.5, 0.0]
     torch.testing.assert_close(rewards["reward"], 2 * rewards["accuracy"] + 0.5 * rewards["format"])
 

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from data.arithmetic import write_problem
 from grpo import token_logps
 from kit.metrics import check_finite, rollout_metrics, totals, update_metrics
 from sample import Rollout
-from tests.small import SMALL, small_model
+from tests.small import CHAINS, SMALL, small_model
 from train import add_gradient, loss_inputs, sample
 
 
@@ -25,7 +24,7 @@ def test_metrics_of_a_rollout_are_over_all_rows():
     rollout = rollout_with(mask, 0.5, [True, True, False, True])
     accuracy, form = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     rewards = {"reward": accuracy + form, "accuracy": accuracy, "format": form}
-    problems = [write_problem("1 + 2 + 3"), write_problem("1 + 2")]
+    problems = [CHAINS.ask("1 + 2 + 3"), CHAINS.ask("1 + 2")]
     assert rollout_metrics(problems, rollout, rewards) == {
         **{"reward": 1.5, "accuracy": 0.75, "format": 0.75},
         **{"reward_std": pytest.approx((1 / 3) ** 0.5), "accuracy_std": 0.5, "format_std": 0.5},
@@ -40,7 +39,7 @@ def test_metrics_of_a_rollout_are_over_all_rows():
 def test_metrics_by_language_are_of_that_languages_questions():
     rewards = {"reward": torch.arange(4.0), "accuracy": torch.tensor([1, 1, 0, 1.0])}
     rewards["language"] = torch.arange(4.0)
-    problems = [write_problem("1 + 2", "ko"), write_problem("1 + 2")]
+    problems = [CHAINS.ask("1 + 2", "ko"), CHAINS.ask("1 + 2")]
     metrics = rollout_metrics(problems, rollout_with([[0, 1]] * 4), rewards)
     assert (metrics["accuracy_ko"], metrics["accuracy_en"]) == (1.0, 0.5)
     assert (metrics["language_ko"], metrics["language_en"]) == (0.5, 2.5)

@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, ModelConfig, Transformer, load_model, load_weights, save_model
+from data.tokenizer import Tokenizer
+from model import (
+    ROTARY_BASE,
+    KVCache,
+    ModelConfig,
+    Transformer,
+    load_model,
+    load_weights,
+    save_model,
+)
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_model": 32, "d_ff": 40, "max_seq_len": 16}
 CONFIG = ModelConfig(11, **SHAPE)
@@ -99,6 +108,85 @@ def test_position_matters(model):
     assert (logits[1:] - logits[:-1]).abs().amax(dim=-1).min() > 1e-3
 
 
+def by_hand(model, tokens, positions):
+    """The logits of one row, a token and a head at a time. Rotary angles turn complex numbers."""
+    half = model.config.head_dim // 2
+    speeds = ROTARY_BASE ** -(torch.arange(half, dtype=torch.float64) / half)
+
+    def turned(x, position):
+        return torch.view_as_real(
+            torch.complex(x[:half], x[half:]) * torch.exp(1j * position * speeds)
+        )
+
+    x = model.embedding.weight[tokens] + model.position.weight[positions]
+    for block in model.blocks:
+        H, K, d = block.attention.heads[0], block.attention.heads[1], model.config.head_dim
+        qkv = (block.attention_norm(x) @ block.attention.qkv.weight.T).view(len(x), -1, d)
+        attended = torch.zeros(len(x), H, d, dtype=x.dtype)
+        for t in range(len(x)):
+            for head in range(H):
+                query = turned(qkv[t, head], positions[t])
+                keys = qkv[: t + 1, H + head // (H // K)]
+                keys = [turned(key, position) for key, position in zip(keys, positions)]
+                scores = torch.stack([(query * key).sum() for key in keys]) / d**0.5
+                attended[t, head] = scores.softmax(0) @ qkv[: t + 1, H + K + head // (H // K)]
+        x = x + attended.flatten(1) @ block.attention.out.weight.T
+        gate, value = (block.feed_forward_norm(x) @ block.feed_forward.up.weight.T).chunk(2, dim=1)
+        x = x + (gate * gate.sigmoid() * value) @ block.feed_forward.down.weight.T
+    return model.norm(x) @ model.embedding.weight.T
+
+
+POSITIONS = {  # of rows of 6 tokens
+    "as they come": [0, 1, 2, 3, 4, 5],
+    "a jump": [0, 1, 2, 11, 12, 13],
+    "from elsewhere": [4, 5, 6, 7, 8, 9],
+    "in another order": [3, 0, 5, 1, 4, 2],
+    "all the same": [7, 7, 7, 7, 7, 7],
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_tokens_stand_where_their_positions_say(model, name):
+    """Rotary angles and learned vectors both, against the model written out by hand."""
+    tokens, positions = random_tokens(6), torch.tensor(POSITIONS[name])
+    with torch.no_grad():
+        logits = model(tokens[None], positions=positions[None])[0]
+        # The model's angles were computed in float32.
+        torch.testing.assert_close(logits, by_hand(model, tokens, positions), rtol=0, atol=1e-4)
+        moved = (logits - model(tokens[None])[0]).abs().amax(dim=-1)
+        same = positions == torch.arange(6)
+        first = int(same.int().cumprod(0).sum())  # tokens before the first that was moved
+        assert (moved[:first] < 1e-12).all() and (moved[first:] > 1e-3).all()
+
+
+def test_each_row_has_its_own_positions(model):
+    """Given for every row or for one, from column 0 or not: the same as each row alone."""
+    tokens, positions = random_tokens(len(POSITIONS), 6), torch.tensor(list(POSITIONS.values()))
+    together = model(tokens, positions=positions)
+    for row in range(len(tokens)):
+        alone = model(tokens[row : row + 1], positions=positions[row : row + 1])
+        torch.testing.assert_close(together[row], alone[0], **CLOSE)
+    as_they_come = positions[:1]
+    for given in (as_they_come, as_they_come.expand(positions.shape)):
+        torch.testing.assert_close(model(tokens, positions=given), model(tokens), **EXACTLY)
+    torch.testing.assert_close(
+        model(tokens, first=4, positions=positions), together[:, 4:], **CLOSE
+    )
+
+
+def test_rotary_angles_tell_distances_alone(model):
+    """Without the learned vectors, a row may stand anywhere; but not with a gap in it."""
+    tokens = random_tokens(1, 6)
+    with torch.no_grad():
+        model.position.weight.zero_()
+    here, there, apart = (
+        model(tokens, positions=torch.tensor([POSITIONS[name]]))
+        for name in ("as they come", "from elsewhere", "a jump")
+    )
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-4)
+    assert (here - apart)[0, 3:].abs().amax(dim=-1).min() > 1e-3
+
+
 def test_logits_are_float32_when_the_weights_are_bfloat16():
     assert Transformer(CONFIG).bfloat16()(random_tokens(1, 3)).dtype == torch.float32
 
@@ -127,6 +215,65 @@ def test_the_seed_decides_the_weights_and_nothing_else_does():
     torch.testing.assert_close(one, two.state_dict(), **EXACTLY)
     two.init_weights(5)
     assert (one["embedding.weight"] != two.state_dict()["embedding.weight"]).all()
+
+
+def drawn(words, seed=0, **changes):
+    """The first weights of a model of these words, and the row of each of its tokens."""
+    tokenizer = Tokenizer(words)
+    model = Transformer(replace(CONFIG, vocab_size=tokenizer.vocab_size, **changes))
+    model.init_weights(seed, tokenizer.pieces)
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    return weights, dict(zip(tokenizer.pieces, weights.pop("embedding.weight")))
+
+
+@pytest.mark.parametrize("more", [("moon", "sun", "star"), ("sun", "moon", "star")])
+def test_a_word_more_changes_no_other_number(more):
+    """Wherever it stands: every weight by its name, every row of the embedding by its token."""
+    weights, rows = drawn(("sun", "star"))
+    found, found_rows = drawn(more)
+    torch.testing.assert_close(found, weights, **EXACTLY)
+    assert set(found_rows) - set(rows) == {b" moon"}
+    torch.testing.assert_close({piece: found_rows[piece] for piece in rows}, rows, **EXACTLY)
+
+
+def test_a_longer_context_changes_no_other_number():
+    """Nor any position's row: the longer context has rows more."""
+    weights, rows = drawn(("sun",))
+    found, found_rows = drawn(("sun",), max_seq_len=40)
+    assert found["position.weight"].shape == (40, 32)
+    found["position.weight"] = found["position.weight"][: CONFIG.max_seq_len]
+    torch.testing.assert_close((found, found_rows), (weights, rows), **EXACTLY)
+
+
+def test_another_seed_draws_every_matrix_and_row_anew():
+    """And within a seed no two matrices and no two rows are alike: each has its own key."""
+    (weights, rows), (other, other_rows) = drawn(("sun",)), drawn(("sun",), seed=1)
+    lines = [
+        (name, i, row) for name, w in weights.items() if w.dim() == 2 for i, row in enumerate(w)
+    ]
+    assert len({name for name, *_ in lines}) == 1 + 4 * CONFIG.n_layer
+    for name, i, row in lines:
+        assert (row != other[name][i]).float().mean() > 0.99, (name, i)
+    for piece, row in rows.items():
+        assert (row != other_rows[piece]).float().mean() > 0.99, piece
+    every = [row[:8] for row in (*(row for *_, row in lines), *rows.values())]
+    scaled = torch.stack([row / row.norm() for row in every])
+    alike = scaled @ scaled.T - torch.eye(len(scaled))
+    assert alike.max() < 0.9999
+
+
+def test_first_weights_have_their_scale():
+    """A layer keeps the scale of its input, and writes less to the residual stream."""
+    weights, rows = drawn(("sun",), d_model=256, d_ff=256, n_layer=2)
+    embedding = torch.stack(list(rows.values()))
+    assert embedding.std() == pytest.approx(0.02, rel=0.02)
+    for name, weight in weights.items():
+        expected = 1 / 16 / (2 if name.endswith(("out.weight", "down.weight")) else 1)
+        expected = 0.02 if name == "position.weight" else expected
+        if weight.dim() == 1:
+            assert (weight == 1).all()
+        else:
+            assert weight.std() == pytest.approx(expected, rel=0.05), name
 
 
 def test_a_saved_model_comes_back_equal(model, tmp_path):
@@ -243,3 +390,11 @@ def test_a_file_with_a_flipped_bit_is_refused_or_as_good(tmp_path):
         else:
             assert all(torch.equal(loaded[name], weight) for name, weight in expected.items()), i
     assert refused > 100
+
+
+def test_positions_and_a_cache_are_not_given_together():
+    """The positions of cached rows follow from the lengths that the cache holds."""
+    model = Transformer(CONFIG)
+    cache = KVCache(CONFIG, 1, 4, like=model.embedding.weight)
+    with pytest.raises(ValueError, match="give none"):
+        model(torch.tensor([[1]]), cache, positions=torch.tensor([[0]]))

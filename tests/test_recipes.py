@@ -4,14 +4,16 @@ command runs; and the page's sentences say what the recorded runs gave."""
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from grpo import VARIANTS
-from model import save_model
+from model import load_model, save_model
 from tests.small import SHAPE_FLAGS, small_model
 
 pytestmark = pytest.mark.docs
@@ -25,7 +27,7 @@ RECIPE = re.compile(
 RECIPES = {name: (diff, command) for name, diff, command in RECIPE.findall(PAGE)}
 SMALL = [
     *("--pretrain_steps=2", "--steps=1", "--prompts=2", "--group_size=4", "--max_new_tokens=12"),
-    *("--eval_problems=4", *SHAPE_FLAGS),
+    *("--eval_problems=8", *SHAPE_FLAGS),
 ]
 
 
@@ -77,10 +79,50 @@ def test_a_recipe_applies_and_runs(name, tree):
         code = "from rewards import RULES; print(RULES['careful']('#1 a ok #2 b', None))"
         assert python(tree, "-c", code) == "0.5\n"
     else:
-        code = "from data.arithmetic import parse_problem; print(parse_problem('2 ^ 3 + 1'))"
+        code = "from data import TASKS; print(TASKS['chains-max'].parse('2 ^ 3 + 1'))"
         parsed = python(tree, "-c", code)
         assert "what is 2 max 3 plus 1?" in parsed and "answer='4'" in parsed
         assert " max " in (tree / "out" / "max" / "samples.txt").read_text()
+
+
+def test_the_stage_of_ones_own_goes_on_where_it_was_stopped(tree):
+    """The page's script as it stands: run whole, and stopped by SIGINT in its own stage."""
+    (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (tree / "mine.py").write_text(script)
+    python(tree, "-m", "ruff", "check", "--quiet", "mine.py")
+    python(tree, "-m", "ruff", "format", "--check", "--quiet", "mine.py")
+    small = [*SHAPE_FLAGS, "--max_level=2", "--pretrain_lr=1e-2", "--group_size=4", "--seed=1"]
+    small += ["--pretrain_steps=1000", "--max_new_tokens=12", "--preset=tiny"]
+    python(tree, "mine.py", *small, "--out=whole")
+    command = [sys.executable, "mine.py", *small, "--out=stopped"]
+    run = subprocess.Popen(command, cwd=tree, stderr=subprocess.PIPE, text=True)
+    log = tree / "stopped" / "log.jsonl"
+    while not (log.exists() and '"mine"' in log.read_text()):
+        assert run.poll() is None, "it ended before it could be stopped"
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate()
+    assert run.returncode == 130 and "of mine is saved. To go on: python mine.py --resume=" in said
+    python(tree, "mine.py", "--resume=stopped")
+    whole, stopped = (load_model(tree / name / "mine.pt") for name in ("whole", "stopped"))
+    assert all(map(torch.equal, whole.parameters(), stopped.parameters()))
+    assert json.loads((tree / "stopped" / "result.json").read_text())["right completions"] > 0
+
+
+@pytest.mark.slow
+def test_new_rows_of_grpo_leave_its_tests_green(tree):
+    """The three recipes for grpo.py, one upon the other: the tests of the equations pass, and the
+    tables of `bias` have the new rows."""
+    for folder in ("tests", "experiments"):
+        shutil.copytree(ROOT / folder, tree / folder)
+    diffs = [diff for diff, _ in RECIPES.values() if "+++ b/grpo.py" in diff]
+    assert len(diffs) == 3
+    for diff in diffs:
+        subprocess.run(["git", "apply", "-"], cwd=tree, input=diff, text=True, check=True)
+    paths = ("tests/test_grpo.py", "tests/test_enumeration.py")
+    assert "passed" in python(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths)
+    tables = python(tree, "-m", "experiments.lessons.bias")
+    for name in ("mean", "harder", "both_sides", "both"):
+        assert re.search(rf"^ *{name} .*\d$", tables, re.M), name
 
 
 def recorded(part):

@@ -2,12 +2,14 @@
 
 import doctest
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
+from data import TASKS
 from data.problem import Problem
 from rewards import (
     RULES,
@@ -80,7 +82,7 @@ def test_negative_answers_count():
 
 def parse_by_hand(completion):
     """A second parser that shares no idea with rewards.py. It walks the text a character at a time
-    and keeps a list of (tag, text after it). Returns (number in the answer or None, whether the
+    and keeps a list of (tag, text after it). Returns (text of the answer or None, whether the
     format is right)."""
     tags = ["<think>", "</think>", "<answer>", "</answer>"]
     parts, i = [["", ""]], 0
@@ -94,14 +96,9 @@ def parse_by_hand(completion):
             i += 1
     names = [name for name, _ in parts[1:]]
     whole, bare = names == tags, names == tags[2:]
-    number = None
-    if whole or bare:
-        inside = parts[-2][1].strip()
-        digits = inside[1:] if inside.startswith("-") else inside
-        if digits and all(character in "0123456789" for character in digits):
-            number = inside
+    given = (parts[-2][1].strip() or None) if whole or bare else None
     blank = [not text.strip() for _, text in parts]
-    return number, whole and blank == [True, False, True, False, True]
+    return given, whole and blank == [True, False, True, False, True]
 
 
 SNIPPETS = [*rewards.TAGS, "15", " 15", "-", " ", "\n", "<", ">", "/", "think"]
@@ -117,10 +114,32 @@ NEARLY_RIGHT = st.tuples(*(st.lists(PIECES, max_size=2).map("".join) for _ in ra
     st.sampled_from(["15", "-15", ""]),
 )
 def test_both_rules_agree_with_a_second_parser_and_never_raise(completion, answer):
-    number, form = parse_by_hand(completion)
-    assert extract_answer(completion) == number
+    given, form = parse_by_hand(completion)
+    assert extract_answer(completion) == given
     assert format_reward(completion) == float(form)
-    assert accuracy_reward(completion, answer) == float(number is not None and number == answer)
+    assert accuracy_reward(completion, answer) == float(given is not None and given == answer)
+    assert accuracy_reward(completion, None) == 0.0
+    if given is not None:
+        assert accuracy_reward(completion, given) == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer", ["2 5 9", "yes", "-3", "a cat\nand a dog", "답은 15", "<b>", "15.", "0", "<|eos|>"]
+)
+def test_an_answer_may_be_any_text(answer):
+    """Whole, without the space around it. Accuracy is letter for letter."""
+    completion = f"<think> x</think><answer> {answer}\n</answer>"
+    assert extract_answer(completion) == answer
+    assert accuracy_reward(completion, answer) == 1
+    for other in (f" {answer}", f"{answer}.", answer[:-1], answer + answer, None, ""):
+        assert accuracy_reward(completion, other) == 0
+
+
+@pytest.mark.parametrize("completion", ["", "<answer></answer>", "<answer> \n </answer>", "15"])
+def test_where_there_is_no_answer_nothing_is_right(completion):
+    """Not even an empty answer, or no answer at all."""
+    assert extract_answer(completion) is None
+    assert accuracy_reward(completion, None) == accuracy_reward(completion, "") == 0
 
 
 @pytest.mark.parametrize(
@@ -189,7 +208,8 @@ def test_rules_and_their_weights_are_read_in_their_order(text, weights):
      "accuracy=1e31", "accuracy=0", "accuracy=0,format=0", "accuracy=1,accuracy=2", "=1",
      "accuracy=1,beauty=1", "1=accuracy"],
 )  # fmt: skip
-def test_other_text_than_rules_and_weights_is_refused_in_one_line(text):
+def test_other_text_than_rules_and_weights_is_refused(text):
+    """In one line."""
     with pytest.raises(ValueError, match="accuracy, format, language, not all 0") as error:
         rule_weights(text)
     assert str(error.value).startswith(f"--rewards {text} must be rules with weights")
@@ -198,9 +218,41 @@ def test_other_text_than_rules_and_weights_is_refused_in_one_line(text):
 
 def test_a_rule_reads_a_completion_and_its_problem():
     """Each by its name, with the problem's answer and the problem's language."""
-    korean = Problem("", "15", "ko", 1, "7 + 8")
+    korean = TASKS["chains-en-ko"].ask("7 + 8", "ko")
     thought = "<think>\n#1 7 더하기 8 은 15\n#2 15 plus 0 은 15</think>"
     found = {name: rule(thought + "<answer> 15</answer>", korean) for name, rule in RULES.items()}
     assert found | {"accuracy": 1, "format": 1, "language": 0.75} == found
     found = {name: rule(thought + "<answer> 14", korean) for name, rule in RULES.items()}
     assert found | {"accuracy": 0, "format": 0, "language": 0.75} == found
+
+
+def problem_of(monkeypatch, is_right):
+    """A problem of a task whose rule is this one; its own answer is "no"."""
+    monkeypatch.setitem(TASKS, "questions", SimpleNamespace(is_right=is_right))
+    return Problem("User: is it?\nAssistant:", "no", 1, "en", "is it", "questions")
+
+
+def test_accuracy_asks_the_task_of_the_problem(monkeypatch):
+    """Not the problem's answer: several texts may be right, and the answer need not be."""
+    asked = []
+
+    def is_right(problem, given):
+        asked.append((problem.expression, given))
+        return given in ("yes", "of course", "")
+
+    problem = problem_of(monkeypatch, is_right)
+    for said, right in (("yes", 1), (" of course ", 1), ("no", 0), ("yes yes", 0), ("", 0)):
+        assert RULES["accuracy"](f"<answer>{said}</answer>", problem) == right
+    assert RULES["accuracy"]("yes", problem) == 0
+    assert asked[:3] == [("is it", "yes"), ("is it", "of course"), ("is it", "no")]
+
+
+@pytest.mark.parametrize("completion", ["<answer> yes</answer>", "<answer> no</answer>", "yes", ""])
+def test_accuracy_refuses_a_problem_without_a_rule(completion, monkeypatch):
+    """In one line that names the task, whatever is said. No silent 0, and no 1 for the answer that
+    happens to stand in the problem. The other rules judge it."""
+    problem = problem_of(monkeypatch, lambda problem, given: None)
+    reason = "^the task questions has a problem without a rule: leave accuracy out of --rewards$"
+    with pytest.raises(ValueError, match=reason):
+        RULES["accuracy"](completion, problem)
+    assert RULES["format"](completion, problem) == RULES["language"](completion, problem) == 0

@@ -142,7 +142,7 @@ def config_for(folder, *more):
 
 def three_stages(config, stop_at=None):
     """A job of three stages, each with another kind of state; stopped at a step of a stage."""
-    with open_run(config) as run:
+    with open_run(config, "train.py") as run:
         one, two = small_model(), small_model(1)
         for stage, model, count in (("one", one, 3), ("two", two, 4), ("three", one, 2)):
             optimizer = train.make_optimizer(model)
@@ -184,6 +184,110 @@ def test_a_job_of_any_stages_resumes_by_being_called_again(tmp_path):
     assert left(tmp_path / "run") == left(tmp_path / "whole")
 
 
+def test_frozen_weights_and_other_optimizers_come_back(tmp_path):
+    """As of a value head on a trunk that is not trained."""
+
+    def stage(config, stop_at=None):
+        with open_run(config, "train.py") as run:
+            model, free = small_model(), nn.Parameter(torch.zeros(3))
+            model.embedding.weight.requires_grad_(False)
+            weights = [*model.parameters(), free]
+            adam = torch.optim.AdamW(weights, lr=0.01, amsgrad=True)
+            sgd = torch.optim.SGD(model.blocks.parameters(), lr=0.01, momentum=0.9)
+            for step in run.steps("one", 4, model, adam=adam, sgd=sgd, free=free):
+                loss = (
+                    model(torch.tensor([[step, 5]])).logsumexp(-1).sum()
+                    + (free - step).square().sum()
+                )
+                loss.backward()
+                for optimizer in (adam, sgd):
+                    optimizer.step()
+                    optimizer.zero_grad()
+                run.log({"free": free.sum().item()})
+                if step == stop_at:
+                    os.kill(os.getpid(), signal.SIGINT)
+            run.finish({"free": free.tolist()})
+
+    stage(config_for(tmp_path / "whole"))
+    with pytest.raises(SystemExit):
+        stage(config_for(tmp_path / "run"), 1)
+    stage(config_for(None, f"--resume={tmp_path / 'run'}"))
+    hashes = [weights_hash(tmp_path / name / "one.pt") for name in ("whole", "run")]
+    results = [
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "run")
+    ]
+    assert hashes[0] == hashes[1] and results[0]["free"] == results[1]["free"]
+
+
+def test_a_signal_at_any_moment_of_a_stage_waits_for_a_save(tmp_path, monkeypatch, capsys):
+    """Also between two steps, and while the model of the stage is being written."""
+    honest = kit.run.save_model
+
+    def save_model_and_interrupt(path, model):
+        honest(path, model)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(kit.run, "save_model", save_model_and_interrupt)
+    with pytest.raises(SystemExit):
+        three_stages(config_for(tmp_path / "run"))
+    assert "the end of one is saved" in capsys.readouterr().err
+    assert load_tensors(tmp_path / "run" / "last.pt")["ended"] == ["one"]
+
+    class Interrupted(tqdm):
+        def __iter__(self):
+            for step in super().__iter__():
+                if step == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield step
+
+    monkeypatch.setattr(kit.run, "save_model", honest)
+    monkeypatch.setattr(kit.run, "tqdm", Interrupted)
+    with pytest.raises(SystemExit):
+        three_stages(config_for(tmp_path / "other"))
+    assert "step 3 of one is saved" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_finite_ends_no_stage(tmp_path):
+    config, model = config_for(tmp_path / "run"), small_model()
+    with (
+        pytest.raises(SystemExit, match="its model is NaN or infinite"),
+        open_run(config, "train.py") as run,
+    ):
+        for _ in run.steps("one", 1, model):
+            model.norm.weight.data.fill_(math.nan)
+    assert not (tmp_path / "run" / "one.pt").exists()
+
+
+def test_a_stages_name_is_used_once_and_results_are_made_between_stages(tmp_path):
+    with open_run(config_for(tmp_path / "run"), "train.py") as run:
+        list(run.steps("one", 1, small_model()))
+        for name in ("one", "last"):
+            with pytest.raises(ValueError, match="names two stages, or is the name of last"):
+                list(run.steps(name, 1, small_model()))
+        for _ in run.steps("two", 1, small_model()):
+            with pytest.raises(ValueError, match="'x' is asked for in the middle of a stage"):
+                run.once("x", lambda: {"a": 1})
+        assert run.once("x", lambda: {"a": 1}) == run.once("x", dict) == {"a": 1}
+
+
+def test_errors_of_the_job_keep_their_traceback_and_ends_say_the_way_on(tmp_path):
+    for error, end in (
+        (torch.OutOfMemoryError, r"cpu has too little memory: .*--micro_batch.*; step 0 of one is"),
+        (BrokenPipeError, "not read any more; step 0 of one is saved. To go on: python train.py"),
+        (FileNotFoundError, None),
+        (KeyError, None),
+    ):
+        config = config_for(tmp_path / error.__name__)
+        raises = pytest.raises(SystemExit if end else error, match=end)
+        with raises, open_run(config, "train.py") as run:
+            for _ in run.steps("one", 1, small_model()):
+                raise error("no such file")
+    config, raises = config_for(tmp_path / "none"), pytest.raises(SystemExit, match=r"any more$")
+    with raises, open_run(config, "train.py"):
+        raise BrokenPipeError
+    assert not (tmp_path / "none").exists()
+
+
 def test_another_job_does_not_go_on_with_a_run(tmp_path, capsys):
     """A stage of another name, fewer steps, or other state: one line, and nothing is changed."""
     with pytest.raises(SystemExit):
@@ -194,11 +298,13 @@ def test_another_job_does_not_go_on_with_a_run(tmp_path, capsys):
     for stage, count, state, complaint in (
         ("four", 4, {}, "it is in the stage 'two', not 'four'"),
         ("two", 1, {}, "its step is 2"),
+        ("once", 0, {}, "'found' is asked for in the middle of a stage"),
         ("two", 4, {}, "its state is model, optimizer, sums, other, not model"),
     ):
         config = config_for(None, f"--resume={tmp_path / 'run'}")
-        with pytest.raises(SystemExit) as stop, open_run(config) as run:
+        with pytest.raises(SystemExit) as stop, open_run(config, "train.py") as run:
             list(run.steps("one", 3, model))
+            run.once("found", dict) if stage == "once" else None
             list(run.steps(stage, count, model, **state))
         assert stop.value.code == 2
         said = capsys.readouterr().err
@@ -210,7 +316,10 @@ def test_an_error_in_a_stage_is_not_hidden(tmp_path):
     """Who changes the loss needs the traceback."""
     for config in (config_for(tmp_path / "run"), None):
         config = config or config_for(None, f"--resume={tmp_path / 'run'}")
-        with pytest.raises(ValueError, match="a mistake of my own"), open_run(config) as run:
+        with (
+            pytest.raises(ValueError, match="a mistake of my own"),
+            open_run(config, "train.py") as run,
+        ):
             for _ in run.steps("one", 3, small_model()):
                 raise ValueError("a mistake of my own")
 
@@ -224,9 +333,8 @@ class Seen(tqdm):
         super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
         self.bars.append((self, kwargs, []))
 
-    def set_postfix(self, *args, **kwargs):
-        super().set_postfix(*args, **kwargs)
-        self.bars[-1][2].append(self.postfix)
+    def set_postfix_str(self, text):
+        self.bars[-1][2].append(text)
 
     def write(self, text):
         self.bars[-1][2].append(text)
@@ -243,17 +351,19 @@ def test_the_bar_and_the_log_agree(monkeypatch, tmp_path):
     records = log_without_times(tmp_path / "run")
     *_, (bar, settings, shown), (grpo_bar, grpo_settings, grpo_shown) = Seen.bars
     assert (settings["initial"], settings["desc"], bar.n, bar.total) == (60, "base", 70, 70)
-    assert shown == [f"loss={records[1]['loss']:.2f}"]
+    assert shown == [f"loss {records[1]['loss']:.2f}"]
     assert (grpo_settings["initial"], grpo_settings["desc"], grpo_bar.n) == (0, "r1_zero", 3)
-    names = ("accuracy", "format", "completion_tokens", "entropy", "held_out_accuracy")
     expected = []
     for record in records[2:]:
-        shown = {name: f"{record[name]:.2f}" for name in names if name in record}
-        expected.append(", ".join(f"{name}={x}" for name, x in shown.items()))
+        numbers = [(short, record[name]) for name, short in train.SHORT.items() if name in record]
+        each = [f"{short} {x:.2f}" if x < 10 else f"{short} {x:.1f}" for short, x in numbers]
+        expected.append("  ".join(each))
         if "held_out_accuracy" in record:
-            words = "  ".join(f"{name} {x}" for name, x in shown.items())
-            expected.append(f"step {record['step']:4}  {words}")
-    assert grpo_shown == expected
+            expected.append(f"step {record['step']:4}  {'  '.join(each)}")
+    asked = [text for text in grpo_shown if " - " in text or " + " in text]
+    assert len(asked) == 2 and asked[0].split(":")[0] == asked[1].split(":")[0], "one problem"
+    assert [text for text in grpo_shown if text not in asked] == expected
+    assert max(len(text) for text in grpo_shown) <= 80, "nothing wraps in a narrow terminal"
 
 
 # ------------------------------------------------------------------------------------- nothing lost
@@ -294,7 +404,7 @@ def test_a_signal_during_evaluation_leaves_at_once(whole, tmp_path, monkeypatch)
 def test_lines_after_the_last_save_come_again_once(broken_off, whole):
     for name in ("log.jsonl", "looks.jsonl"):
         with (broken_off / name).open("a") as log:
-            log.write('{"stage": "r1_zero", "step": 4, "reward": 9}\n{"stage": "r1')
+            log.write('{"stage": "r1_zero", "step": 4, "reward": 9}\n' * 9999 + '{"stage": "r1')
     train.main(["--resume", str(broken_off)])
     assert outcome(broken_off) == outcome(whole)
 
@@ -366,8 +476,8 @@ def test_kills_and_disks_lose_nothing(capsys):
         ("folder moved away", "No such file or directory"),
         ("file in its place", "Not a directory"),
     ):
-        line = rf"{trouble}: train.py: \w+ cannot be written \({reason}\). step \d+ of base is "
-        line += r"saved. To go on, once it can: python train.py --resume=\w+\n"
+        line = rf"{trouble}: train.py: \w+ cannot be written \({reason}\); step \d+ of base is "
+        line += r"saved. To go on: python train.py --resume=\w+\n"
         assert re.search(line, shown), trouble
 
 
@@ -386,9 +496,12 @@ def test_a_disk_that_is_full_for_the_log_alone_stops_the_run(tmp_path):
     more += ["--beta=0", "--reference_every=0"]
     done = limited(150_000, *FLAGS, *more, f"--out={folder}")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert f"{folder} cannot be written (File too large). step " in done.stderr
+    assert f"{folder} cannot be written (File too large); step " in done.stderr
+    before = load_tensors(folder / "last.pt")["seconds"]["base"]
     train.main(["--resume", str(folder)])
     assert len(log_without_times(folder)) == 402
+    seconds = json.loads((folder / "result.json").read_text())["seconds"]
+    assert seconds["base"] == before and seconds["total"] > seconds["r1_zero"] > 0
 
 
 def test_a_run_whose_output_nobody_reads_is_stopped_and_saved(tmp_path):
@@ -445,8 +558,11 @@ def test_nothing_is_removed_that_was_not_made_here(tmp_path, capsys):
 
 def test_of_two_starts_at_the_same_moment_one_wins(tmp_path, capsys):
     """The other is refused in one line, and its half-made folder is gone."""
-    with open_run(config_for(tmp_path / "run")) as first:
-        with pytest.raises(SystemExit) as stop, open_run(config_for(tmp_path / "run")) as second:
+    with open_run(config_for(tmp_path / "run"), "train.py") as first:
+        with (
+            pytest.raises(SystemExit) as stop,
+            open_run(config_for(tmp_path / "run"), "train.py") as second,
+        ):
             next(first.steps("one", 3, small_model()))
             next(second.steps("one", 3, small_model()))
         assert stop.value.code == 2
@@ -522,8 +638,12 @@ def state(change):
     return in_last(lambda saved: change(saved["stopped"]["state"]))
 
 
+def moments_of(change):
+    return state(lambda of: change(of["optimizer"]["moments"]))
+
+
 def moments(change):
-    return state(lambda of: change(of["optimizer"][0]))
+    return moments_of(lambda of: change(of[0]))
 
 
 def weights(change):
@@ -541,6 +661,11 @@ def at(**values):
 def with_link(run):
     (run / "log.jsonl").rename(run.parent / "thesis")
     (run / "log.jsonl").symlink_to(run.parent / "thesis")
+
+
+def with_link_below(run):
+    (run / "data/chains.py").unlink()
+    (run / "data/chains.py").symlink_to(ROOT / "data/chains.py")
 
 
 def set_setting(**values):
@@ -577,8 +702,13 @@ DAMAGE = {
         moments(lambda of: of.update(exp_avg=torch.ones(2, 2))),
         "not one of these weights",
     ),
-    "a moment short": (moments(lambda of: of.pop("exp_avg_sq")), "not one of these weights"),
-    "half an optimizer": (state(lambda of: of["optimizer"].popitem()), "not one of these weights"),
+    "a moment short": (moments(lambda of: of.pop("exp_avg_sq")), "optimizer is not whole"),
+    "a choice unknown": (set_setting(variant="evil"), "--variant must be one of grpo"),
+    "a task unknown": (set_setting(task="evil"), NOT),
+    "another's file": (set_to(kept={"../thesis": 0, "log.jsonl": 0}), "it counts on ../thesis"),
+    "a link in a folder": (with_link_below, "data/chains.py is a link"),
+    "half an optimizer": (moments_of(lambda of: of.popitem()), "optimizer is not whole"),
+    "no moments": (moments_of(lambda of: of.clear()), "optimizer is not whole"),
     "no reference": (state(lambda of: of.pop("reference")), "its state is model, optimizer, not"),
     "an empty reference": (state(lambda of: of.update(reference=None)), NOT),
     "a NaN reference": (
@@ -610,6 +740,8 @@ DAMAGE = {
     "a link": (with_link, "log.jsonl is a link"),
     "another grpo.py": (lambda run: (run / "grpo.py").write_text("x = 1"), "cp grpo.py"),
     "another kit": (lambda run: (run / "kit/run.py").write_text("x = 1"), "cp kit/run.py"),
+    "sources that are none": (set_to(sources=[7]), "sources is [7]"),
+    "no sources": (in_last(lambda saved: saved.pop("sources")), NOT),
     "no tokenizer.py": (lambda run: (run / "data/tokenizer.py").unlink(), "cp data/tokenizer.py"),
 }
 
@@ -623,6 +755,14 @@ def test_damaged_and_foreign_files_are_refused(name, broken_off, capsys):
     before = contents(broken_off)
     assert complaint in refusal(["--resume", str(broken_off)], capsys, "where it goes on")
     assert contents(broken_off) == before
+
+
+def test_a_file_that_was_not_there_at_the_start_is_in_nobodys_way(broken_off, whole):
+    """An idea of one's own beside train.py; of what the run began with, each file is compared."""
+    in_last(lambda saved: saved["sources"].remove("data/languages.py"))(broken_off)
+    (broken_off / "data/languages.py").write_text("not compared, then")
+    train.main(["--resume", str(broken_off)])
+    assert outcome(broken_off) == outcome(whole)
 
 
 def test_another_version_of_torch_is_said(broken_off, capsys):

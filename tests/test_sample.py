@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sample
-from data.tokenizer import get_tokenizer
+from data import get_tokenizer
 from grpo import token_entropy, token_logps
 from model import ModelConfig, Transformer
 from sample import decode_completions, generate, sample_tokens, uniform
@@ -208,7 +208,7 @@ def test_prompts_that_cannot_be_continued_are_refused():
 
 
 def test_completions_are_decoded_without_prompt_and_end_token():
-    tokenizer = get_tokenizer()
+    tokenizer = get_tokenizer("chains")
     model = make_model(vocab_size=tokenizer.vocab_size)
     prompt = tokenizer.encode("User: what is 7 plus 8?\nAssistant:")
     rollout = generate(model, [prompt], group_size=3, max_new_tokens=5, eos_id=tokenizer.eos_id)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
 import train
-from data.arithmetic import write_problem
+from data import TASKS, get_tokenizer
 from data.batches import padded
 from data.problem import sample_problems, stream
 from experiments.study import (
@@ -32,7 +33,7 @@ from experiments.watch.plot import read_log
 from grpo import token_logps
 from kit import flags
 from rewards import accuracy_reward, format_reward
-from tests.small import SHAPE_FLAGS, SMALL, rollout_of, small_model, tokenizer
+from tests.small import CHAINS, SHAPE_FLAGS, SMALL, rollout_of, small_model, tokenizer
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -42,10 +43,11 @@ CAUGHT = "<think>\n#1 7 plus 8 is 14 wait 15\n#2 15 minus 3 is 12 ok</think><ans
 BLIND = "<think>\n#1 7 plus 8 is 14 ok\n#2 14 minus 3 is 11 wait 10</think><answer> 10</answer>"
 KOREAN = "\n#1 7 더하기 8 은 16 잠깐 15\n#2 15 빼기 3 은 12 맞아\n 답은 12"
 GLIB = "<think> easy</think><answer> 12</answer>"
+UNTHOUGHT = "<answer> 12</answer>"  # right, and not in the format
 WRONG = GLIB.replace("12", "11")
-ASKED = write_problem("7 + 8 - 3")
+ASKED = CHAINS.ask("7 + 8 - 3")
 
-FEW = ["--pretrain_steps=2", "--prompts=4", "--eval_problems=8", "--eval_samples=8"]
+FEW = ["--pretrain_steps=2", "--prompts=4", "--eval_problems=10", "--eval_samples=8"]
 FEW += ["--max_new_tokens=20", *SHAPE_FLAGS]
 
 
@@ -70,9 +72,10 @@ def test_the_style_of_a_completion():
 
 
 def test_the_lenient_reading_wants_no_tags():
-    right = {CLEAN: True, " it is 12.": True, " 12 or 13": False}
-    right |= dict.fromkeys(("", BLIND, " 112"), False)
-    assert {text: measure.says(text, "12") for text in right} == right
+    """It is the last number, wherever that stands."""
+    said = {CLEAN: "12", " it is 12.": "12", " 12 or 13": "13", BLIND: "10", " 112": "112"}
+    said |= dict.fromkeys(("", " easy"), None)
+    assert {text: measure.last_number(text) for text in said} == said
 
 
 def test_checks_are_counted():
@@ -88,34 +91,77 @@ def answers_to(*groups):
 
 def test_measures_are_of_the_completions_given():
     """Styles, pass@k, votes and lengths, by hand."""
-    problems = [ASKED, write_problem("7 + 5")]
+    problems = [ASKED, CHAINS.ask("7 + 5")]
+    keys = measure.own(problems)
     answers = answers_to([CLEAN, GLIB, " 12", " 11"], [GLIB, GLIB, CLEAN.replace("12<", "13<"), ""])
-    styles = measure.by_style(problems, answers)
+    styles = measure.by_style(problems, answers, keys)
     assert styles == {
         "glib": {"share": 6 / 8, "right": 4 / 6, "counted": 3 / 4},
         "steps": {"share": 2 / 8, "right": 1 / 2, "counted": 1.0},
     }
     accuracy = sum(style["share"] * style["right"] * style["counted"] for style in styles.values())
     assert accuracy == pytest.approx(4 / 8), "what the accuracy rule gives"
-    found = measure.pass_at(problems, answers)
+    found = measure.pass_at(problems, answers, keys)
     assert found["2"] == pytest.approx({"1": 0.5, "2": 5 / 6, "4": 1.0})
     assert measure.votes(problems, answers, 2) == 0.5, "no answer is no vote"
     tail = GLIB + " 13"  # which the accuracy rule counts, though its last number is another
-    found = measure.by_style(problems[:1], answers_to([tail]))
+    found = measure.by_style(problems[:1], answers_to([tail]), keys[:1])
     assert found == {"glib": {"share": 1, "right": 1, "counted": 1}}
     found = measure.lengths(problems, answers)
     assert found["2"]["right"] == (len(CLEAN) + len(GLIB)) / 2 and found["2"]["wrong"] == 3
     assert found["1"]["steps"] == len(CLEAN)
 
 
-def test_chance_is_the_answers_of_others():
-    """Where a level has one answer alone, nothing is right by chance, not even no answer."""
-    problems = [ASKED, write_problem("7 + 5")]
-    more = [write_problem(text) for text in ("8 + 5 - 1", "1 + 1 + 1", "7 + 4")]
-    others = [problem.answer for problem in measure.of_others([*problems, *more])]
-    assert others == ["3", "11", "3", "12", "12"]
-    found = measure.pass_at(measure.of_others(problems), answers_to([CLEAN, ""], [GLIB, ""]))
-    assert found == {level: {"1": 0, "2": 0} for level in ("1", "2")}
+# Of level 2 the answers 12, 12 and 3; of level 3 the answers 20, 11 and 2; of level 4 one alone.
+KNOWN = [ASKED, CHAINS.ask("4 + 9 - 1"), CHAINS.ask("1 + 1 + 1")]
+KNOWN += [CHAINS.ask(text) for text in ("9 + 9 + 1 + 1", "9 + 1 + 1 - 0", "1 + 1 + 1 - 1")]
+KNOWN += [CHAINS.ask("1 + 1 + 1 + 1 + 1")]
+
+
+def saying(*answers):
+    return [f"<answer> {answer}</answer>" for answer in answers]
+
+
+SAID = answers_to(
+    *(saying(12, 12, 3, 7), saying(12, 3, 3, 3), saying(12, 12, 12, 3)),
+    *(saying(20, 2, 11, 11), saying(2, 11, 7, 7), saying(20, 20, 11, 7)),
+    saying(5, 5, 7, 7),
+)
+
+
+def test_chance_is_the_answers_of_all_others():
+    """Each other problem of the level with another answer; a level with one answer has none."""
+    keys = measure.of_others(KNOWN)
+    assert keys[:3] == [["3"], ["3"], ["12", "12"]]
+    assert keys[3:] == [["11", "2"], ["20", "2"], ["20", "11"], []]
+    found = measure.pass_at(KNOWN, SAID, keys)
+    assert found["2"]["1"] == pytest.approx((1 / 4 + 3 / 4 + 3 / 4) / 3)
+    one = ((2 + 1) / 2 + (0 + 1) / 2 + (2 + 1) / 2) / 3 / 4  # right by chance, of 4
+    two = ((5 / 6 + 1 / 2) / 2 + (0 + 1 / 2) / 2 + (5 / 6 + 1 / 2) / 2) / 3
+    assert found["3"] == pytest.approx({"1": one, "2": two, "4": (1 + 1 / 2 + 1) / 3})
+    assert found["4"] == {"1": None, "2": None, "4": None}, "unknown, neither 0 nor 1"
+    (style,) = measure.by_style(KNOWN[:3], SAID[:3], keys[:3]).values()
+    assert style == {"share": 1.0, "right": pytest.approx((1 + 3 + 3) / 12), "counted": 1.0}
+    (style,) = measure.by_style(KNOWN[6:], SAID[6:], keys[6:]).values()
+    assert style == {"share": 1.0, "right": None, "counted": None}
+
+
+def test_known_completions_are_described():
+    """Trained levels, the level after them and chance are told apart: no number is another's."""
+    found = measure.describe(KNOWN, SAID, hardest=2)
+    own = [2 + 1 + 1, 1 + 1 + 0, 2]  # right of each level
+    assert found["pass@1"] == found["lenient"] == pytest.approx(own[0] / 12)
+    ones = {level: curve["1"] for level, curve in found["pass@k"].items()}
+    assert ones == pytest.approx({"2": own[0] / 12, "3": own[1] / 12, "4": own[2] / 4})
+    chance = {level: curve["1"] for level, curve in found["pass@k by chance"].items()}
+    assert chance == {"2": pytest.approx(7 / 12), "3": pytest.approx(7 / 24), "4": None}
+    for name, right in (
+        ("styles", own[0] / 12),
+        ("styles, one operation more", own[1] / 12),
+        ("the same by chance", 7 / 24),
+    ):
+        assert found[name]["glib"]["right"] == pytest.approx(right), name
+    assert found["checks"] == {"completions": 12} and set(found["lengths"]) == {"2", "3", "4"}
 
 
 def test_the_parts_of_a_gain():
@@ -139,13 +185,34 @@ def test_the_parts_of_a_gain():
 
 def test_an_opened_thought():
     """It is part of the completion, and costs its tokens."""
-    problems = [write_problem("7 + 8"), ASKED]
+    problems = [CHAINS.ask("7 + 8"), ASKED]
     config = replace(SMALL, max_new_tokens=9)
     for opening, tokens in (("", 0), ("<think>", 1), ("<think>\n#1", 2)):
         answers = measure.ask(config, small_model(), problems, 3, opening)
         assert [len(group) for group in answers] == [3, 3]
         for text, length in itertools.chain(*answers):
             assert text.startswith(opening) and tokens < length <= 9
+
+
+def test_noise_is_of_the_problem_and_of_no_model(monkeypatch):
+    """Two models get the same noise, two problems do not, and parts say what the whole does."""
+    problems, seen = [ASKED] * 4, []
+    config = replace(SMALL, max_new_tokens=9)
+
+    def generate(model, prompts, **how):
+        seen.append((how["seed"], how["first_row"]))
+        return sample.generate(model, prompts, **how)
+
+    monkeypatch.setattr(measure, "generate", generate)
+    whole = measure.ask(config, small_model(), problems, 16)
+    assert len({text for text, _ in itertools.chain(*whole)}) > 16, "not one noise for all"
+    monkeypatch.setattr(measure, "ROWS", 32)
+    assert measure.ask(config, small_model(), problems, 16) == whole
+    measure.ask(config, small_model(1), problems, 16)
+    (seed, _), *parts = seen
+    assert parts == [(seed, 0), (seed, 32)] * 2
+    measure.ask(replace(config, seed=1), small_model(), problems, 16)
+    assert seen[-1][0] != seed
 
 
 def test_forced_checks():
@@ -261,13 +328,15 @@ def test_a_variation_runs_logs_and_tells_how_to_go_on(tmp_path, capsys):
 
 def test_rejection_sampling_keeps_what_earns_all():
     """All points of both rules; whole rows, and nothing after their ends."""
-    problems, said = [ASKED, write_problem("7 + 5")], [CLEAN, GLIB, WRONG, " 12"] * 2
+    problems, said = [ASKED, CHAINS.ask("7 + 5")], [CLEAN, GLIB, WRONG, UNTHOUGHT, " 12"] * 2
     rows, kept = rejection_sampling.split(problems, rollout_of(problems, said))
-    content = [format_reward(text) == accuracy_reward(text, "12") == 1 for text in said]
-    assert kept == [row for row, good in zip(rows, content) if good] and len(kept) == 4
+    earned = [(accuracy_reward(text, "12"), format_reward(text)) for text in said]
+    assert set(earned) == {(1, 1), (1, 0), (0, 1), (0, 0)}, "each rule alone is not enough"
+    assert kept == [row for row, points in zip(rows, earned) if points == (1, 1)]
+    assert len(kept) == 4
     for i, (text, (start, tokens)) in enumerate(zip(said, rows)):
         prompt, completion = tokens[:start], tokens[start:]
-        assert prompt == tokenizer.encode(problems[i // 4].prompt)
+        assert prompt == tokenizer.encode(problems[i // 5].prompt)
         assert completion == [*tokenizer.encode(text, tags=True), tokenizer.eos_id]
 
 
@@ -399,6 +468,8 @@ def test_each_run_of_the_plan_can_be_made(preset, tmp_path):
         assert Path(config.out) / "result.json" == each.makes
         if vary:
             assert set(vary(config)) <= {"reward", "sample", "advantage"}
+        completions = config.eval_problems * config.eval_samples
+        assert report.evaluated(each.name) == completions, "what its shares are of"
         Path(config.out).mkdir(parents=True)
         (Path(config.out) / "last.pt").touch()
         assert each.command()[-2:] == ["--resume", config.out]
@@ -406,7 +477,8 @@ def test_each_run_of_the_plan_can_be_made(preset, tmp_path):
         tables |= {"language": ("language", [0, 1]), "language_reward": ("language", [0, 2])}
         if preset == "cpu" and each.name in tables:
             name, columns = tables[each.name]
-            (Path(config.out) / "config.json").write_text(json.dumps(asdict(config)))
+            settings = {"program": program, **asdict(config)}
+            (Path(config.out) / "config.json").write_text(json.dumps(settings))
             each.makes.write_text('{"base": 1, "r1_zero": 1}')
             run = collect.read_run(Path(config.out), collect.TABLES[name])
             picks = collect.TABLES[name].columns.values()
@@ -476,9 +548,13 @@ def test_collect_refuses_a_run_of_other_settings(tmp_path):
         collect.main(["cpu", str(tmp_path)])
     (tmp_path / "result.json").write_text('{"seed": 0}')
     table = collect.TABLES["language"]
-    for change, fits in (({"seed": 7, "rewards": "accuracy=2"}, True), ({"lr": 1.0}, False)):
-        settings = asdict(replace(table.settings, **change))
-        (tmp_path / "config.json").write_text(json.dumps(settings))
+    for program, change, fits in (
+        ("train.py", {"seed": 7, "rewards": "accuracy=2"}, True),
+        ("train.py", {"lr": 1.0}, False),
+        ("-m experiments.study.variations mean_only", {"rewards": "accuracy=2"}, False),
+    ):
+        settings = asdict(replace(table.settings, **change).filled())
+        (tmp_path / "config.json").write_text(json.dumps({"program": program, **settings}))
         if fits:
             assert collect.read_run(tmp_path, table)["settings"] == {"rewards": "accuracy=2"}
             continue
@@ -514,17 +590,47 @@ def test_a_summary_of_a_change_is_of_its_log(tmp_path):
 
 
 def test_the_least_k_from_which_the_base_is_ahead():
-    base = {"1": 0.25, "2": 0.1, "4": 0.5, "8": 0.6}
-    r1_zero = {"1": 0.2, "2": 0.2, "4": 0.3, "8": 0.595}
+    """Ahead to stay, and by more than the noise of so many problems."""
+    base = {"1": 0.5, "2": 0.1, "4": 0.6, "16": 0.6}
+    r1_zero = {"1": 0.2, "2": 0.2, "4": 0.3, "16": 0.5}
     models = {"base": {"pass@k": {"3": base}}, "r1_zero": {"pass@k": {"3": r1_zero}}}
-    seed = {"base": {"by_level": {"2": 0.5}}, "measured": models}
-    assert report.crossing(1)(seed) == float("inf"), "half a point is no lead"
-    r1_zero["8"] = 0.5
+    seed = {"base": {"by_level": {"2": 0.5}}, "measured": models | {"problems": 40}}
+    assert report.crossing(1)(seed) == float("inf"), "ten points of 40 problems are no lead"
+    models["problems"] = seed["measured"]["problems"] = 1000
     assert report.crossing(1)(seed) == 4, "it was ahead at 1 too, but not to stay"
 
 
+def test_a_share_is_clear_above_twice_its_error():
+    """The error is binomial, of as many draws, and adds up over sums and factors."""
+    share = report.share_of
+    assert share(0.5, 98).variance == pytest.approx(0.25 / 98)
+    assert share(1.0, 98).variance == pytest.approx(0.99 * 0.01 / 98), "0 or 1 is not certain"
+    gap = share(0.5, 98) - share(0.25, 98) * 2
+    assert gap.value == 0.0
+    assert gap.variance == pytest.approx(share(0.5, 98).variance + 4 * share(0.25, 98).variance)
+    error = gap.variance**0.5
+    assert report.Share(2.01 * error, gap.variance).clear
+    assert not report.Share(1.99 * error, gap.variance).clear
+    assert not report.Share(-3 * error, gap.variance).clear
+    for n, clear in ((100, False), (1000, True)):
+        assert (share(0.5, n) - share(0.4, n)).clear == clear
+
+
+def test_a_gain_on_hard_problems_needs_a_margin():
+    """Two points more at the hardest level are noise, four are not; levels go by number."""
+    row = next(row for row in report.ROWS if row.what.startswith("hard problems"))
+
+    def seen(hard):
+        base = {"10": 0.1815, "2": 0.219, "3": 0.2, "4": 0.2}
+        r1_zero = {"10": hard, "2": 0.993, "3": 0.2, "4": 0.2}
+        return row.seen({"base": {"by_level": base}, "r1_zero": {"by_level": r1_zero}})
+
+    assert [seen(0.9765), seen(0.996)] == [False, True]
+
+
 def test_a_slope_is_tokens_for_an_operation_more():
-    found = {str(level): {"all": 5 + 6 * level} for level in (2, 3, 5)}
+    """Over the trained levels, which are told from the levels beyond."""
+    found = {str(level): {"all": 5 + 6 * level} for level in (2, 3, 5)} | {"6": {"all": 0}}
     levels = {"by_level": {"2": 0, "3": 0, "5": 0}}
     seed = {"base": levels, "measured": {"r1_zero": {"lengths": found}}}
     assert report.slope("r1_zero")(seed) == pytest.approx(6)
@@ -567,14 +673,15 @@ def one_seed():
     }
     r1_zero = common | {
         "votes": {"16": 1.0},
-        "pass@k": {"3": {"1": 0.875, "16": 0.49}, "4": {"1": 0.2, "16": 0.25}},
+        "pass@k": {"3": {"1": 0.875, "16": 0.2}, "4": {"1": 0.2, "16": 0.25}},
         "styles": {"steps": {"share": 0.75, "right": 0.95}, "checked": {"share": 0.2}},
         "lengths": {"2": {"all": 18, "steps": 54}, "3": {"all": 24, "steps": 72}},
     }
     gain = {"share": 0.375, "right": 0.125, "counted": 0.125}
+    measured = {"problems": 40, "samples": 256}
 
     def evaluation(accuracy, levels, tokens):
-        korean = {"by_language": {"ko": 0.5}, "thinks_in": {"ko": {"en": 0.625}}}
+        korean = {"by_language": {"ko": 0.5}, "thinking": {"ko_thinks_in_en": 0.625}}
         ended = {"pass@1": accuracy, "greedy": accuracy, "completion_tokens": tokens}
         return {**ended, "by_level": levels, **korean}
 
@@ -583,11 +690,11 @@ def one_seed():
         "r1_zero": evaluation(0.8125, {"2": 0.75, "3": 0.875}, 30.0),
         "log": [
             {"step": i, "entropy": 1 / (1 + i), "no_signal": i / 20, "wrong_tokens": 20.0 + i}
-            | ({"base_kl": i / 250} if i % 10 == 0 else {})
+            | ({"base_kl": i / 400} if i % 10 == 0 else {})
             for i in range(1, 21)
         ],
     }
-    in_korean = {"by_language": {"ko": 0.25}, "thinks_in": {"ko": {"en": 0.0}}}
+    in_korean = {"by_language": {"ko": 0.25}, "thinking": {"ko_thinks_in_en": 0.0}}
     controls = {"longer": 0.25, "rejection sampling": 0.5, "online rejection sampling": 0.75}
     tokens = {"GRPO": 1.5e6, "longer": 1.25e6}
     tokens |= {"rejection sampling": 1e6, "online rejection sampling": 1.75e6}
@@ -598,7 +705,7 @@ def one_seed():
         "language_reward": run | {"r1_zero": run["r1_zero"] | in_korean},
         "tokens": tokens,
         **{name: {"pass@1": accuracy} for name, accuracy in controls.items()},
-        "measured": {"base": base, "r1_zero": r1_zero, "gain": gain},
+        "measured": {**measured, "base": base, "r1_zero": r1_zero, "gain": gain},
     }
     return json.loads(json.dumps(seed))  # so that no two parts of it are one
 
@@ -607,19 +714,20 @@ EXPECTED = """\
 18.8 % -> 81.2 %; greedy 18.8 % -> 81.2 % | \
 the base read leniently, tags or no tags: 37.5 %; its thought opened for it, up to `#1`: 62.5 %
 50.0 % -> 100.0 % | pass@1 of the same completions: 20.0 % -> 20.0 %
-the fewest operations: 25.0 % -> 75.0 %; the most: 12.5 % -> 87.5 % | \
-one operation more than trained on: 10.0 % -> 20.0 %
+level 2: 25.0 % -> 75.0 %; level 3: 12.5 % -> 87.5 % | \
+level 4, beyond the trained ones: 10.0 % -> 20.0 %
 81.2 %, for 1.50 million tokens sampled and read | \
 pretraining, 1.25 million more: 25.0 %; rejection sampling, 1.00: 50.0 %; \
 the same online, 1.75: 75.0 %
 of 62.5 points: better style 37.5, right more often in a style 12.5, \
 tags around right answers 12.5 | \
 completions in steps: 25.0 % -> 75.0 %; right among these: 80.0 % -> 95.0 %
-KL(R1-Zero, base) of a completion: 2.40 nats | \
-the least by which all could be right steps, -ln of the base's share of such: 2.30
-most operations trained on, k = 16: base 50.0 %, R1-Zero 49.0 % | \
+KL(R1-Zero, base) of a completion: 1.50 nats, compared with the least by which all could be right: \
+1.61 (-ln of the base's share of right completions) | \
+the least by which all could be right and in steps: 2.30
+level 3, the hardest trained one, k = 16: base 50.0 %, R1-Zero 20.0 % | \
 the base is ahead from k on: 16
-one operation more, k = 16: base 75.0 % (by chance 50.0 %), R1-Zero 25.0 % (by chance 50.0 %) | \
+level 4, k = 16: base 75.0 % (by chance 50.0 %), R1-Zero 25.0 % (by chance 50.0 %) | \
 right of the base's direct answers: 20.0 % (by chance 5.0 %); \
 of its steps: 8.0 % (by chance 8.0 %)
 10.0 -> 30.0 tokens | \
@@ -631,7 +739,7 @@ of given 25.0 %, 12.5 %
 Korean questions thought through in English: 62.5 % -> 62.5 % | with the language reward: 0.0 %
 right answers to Korean questions: 25.0 % with it | without: 50.0 %
 0.417 -> 0.049 nats a token | \
-groups without signal: 7.5 % -> 97.5 %; KL to the base at the end: 0.080 nats a token
+groups without signal: 7.5 % -> 97.5 %; KL to the base at the end: 0.050 nats a token
 """
 
 
@@ -649,28 +757,31 @@ def test_each_row_of_the_phenomena_says_the_numbers_of_the_seeds():
     assert [seen for *_, seen in rows] == ["1 of 1"] * len(report.ROWS)
 
 
-LATE = [{"entropy": 1.0, "no_signal": 0.5, "base_kl": 0.08, "wrong_tokens": 1.0}]
+LATE = [{"entropy": 1.0, "no_signal": 0.5, "base_kl": 0.05, "wrong_tokens": 1.0}]
+FAR = [{"entropy": x, "no_signal": 0.5, "base_kl": 0.07, "wrong_tokens": 1.0} for x in (1.0, 0.1)]
 
 
 @pytest.mark.parametrize(
     ("what", "path", "value"),
     [
-        ("right answers", ("measured", "base", "opened", "<think>\n#1"), 0.85),
-        ("right answers", ("measured", "base", "lenient"), 0.85),
-        ("the majority", ("measured", "r1_zero", "votes", "16"), 0.2),
-        ("hard problems", ("r1_zero", "by_level", "2"), 0.99),
-        ("GRPO is worth", ("online rejection sampling", "pass@1"), 0.9),
-        ("GRPO is worth", ("longer", "pass@1"), 0.9),
+        ("right answers", ("measured", "base", "opened", "<think>\n#1"), 0.8),
+        ("right answers", ("measured", "base", "lenient"), 0.81),
+        ("the majority", ("measured", "r1_zero", "votes", "16"), 0.25),
+        ("hard problems", ("r1_zero", "by_level", "2"), 0.98),
+        ("GRPO is worth", ("online rejection sampling", "pass@1"), 0.805),
+        ("GRPO is worth", ("longer", "pass@1"), 0.8),
         ("more than half of the gain", ("measured", "gain", "counted"), 0.4),
-        ("it goes no further", ("measured", "base", "styles", "steps", "counted"), 1.0),
-        ("pass@k", ("measured", "r1_zero", "pass@k", "3", "16"), 0.495),
-        ("beyond what", ("measured", "base", "pass@k by chance", "4", "16"), 0.75),
-        ("beyond what", ("measured", "r1_zero", "pass@k", "4", "16"), 0.75),
+        ("it goes no further", ("log",), FAR),
+        ("it goes no further", ("measured", "base", "pass@1"), 0.24),
+        ("pass@k", ("measured", "r1_zero", "pass@k", "3", "16"), 0.4),
+        ("beyond what", ("measured", "base", "pass@k by chance", "4", "16"), 0.6),
+        ("beyond what", ("measured", "base", "pass@k by chance", "4", "16"), None),
+        ("beyond what", ("measured", "r1_zero", "pass@k", "4", "16"), 0.6),
         ("completions grow", ("dr_grpo", "r1_zero", "completion_tokens"), 12.0),
         ("harder problems", ("measured", "r1_zero", "lengths", "3", "all"), 19),
-        ("self-checks", ("measured", "r1_zero", "styles", "checked", "share"), 0.12),
-        ("the language of", ("language", "r1_zero", "thinks_in", "ko", "en"), 0.4),
-        ("the language reward", ("language_reward", "r1_zero", "by_language", "ko"), 0.49),
+        ("self-checks", ("measured", "r1_zero", "styles", "checked", "share"), 0.155),
+        ("the language of", ("language", "r1_zero", "thinking", "ko_thinks_in_en"), 0.52),
+        ("the language reward", ("language_reward", "r1_zero", "by_language", "ko"), 0.48),
         ("entropy", ("log",), LATE),
     ],
 )
@@ -685,11 +796,15 @@ def test_a_row_is_not_seen_in_a_seed_without_it(what, path, value):
 @pytest.fixture(scope="module")
 def small_study(tmp_path_factory):
     """A study's folder in which each run is the same very small one, and each measurement is of
-    it."""
+    it. What is right beyond is set to a tenth of the level: such a model has nothing right."""
     folder = tmp_path_factory.mktemp("study")
     first, rewards = folder / "seed0" / "main", "--rewards=accuracy=1,format=1,language=0"
-    asked = ["--languages=en,ko", "--steps=3", "--eval_every=1", "--group_size=8", rewards]
+    asked = ["--task=chains-en-ko", "--steps=3", "--eval_every=1", "--group_size=8", rewards]
     train.main(["--preset=cpu", *FEW, *asked, "--out", str(first)])
+    result = json.loads((first / "result.json").read_text())
+    for evaluation in (result["base"], result["r1_zero"]):
+        evaluation["beyond"] = {level: int(level) / 10 for level in evaluation["beyond"]}
+    (first / "result.json").write_text(json.dumps(result))
     measure.main([str(first), "--problems=2", "--samples=16"])
     (first / "measured_2x16.json").rename(first / "measured.json")
     for rounds in (1, 80):
@@ -714,12 +829,11 @@ def test_the_study_collects_what_its_runs_left(small_study, tmp_path, monkeypatc
     (seed,) = json.loads((tmp_path / "phenomena.json").read_text())["seeds"]
     assert [record["step"] for record in seed["log"]] == [1, 2, 3]
     assert seed["log"][2]["base_kl"] == pytest.approx(log[2]["base_kl"], rel=1e-3)
-    config = measure.finished_run(small_study / "seed0/main")
     prompts = [  # of all steps, as levels and languages take turns
-        len(tokenizer.encode(problem.prompt))
+        len(get_tokenizer("chains-en-ko").encode(problem.prompt))
         for step in range(3)
         for problem in sample_problems(
-            stream(0, "problems", step), config.task, range(2, 6), 4, first=4 * step
+            stream(0, "problems", step), TASKS["chains-en-ko"], range(1, 6), 4, first=4 * step
         )
     ]
     tokens = 8 * sum(prompts) + 32 * sum(record["completion_tokens"] for record in log)
@@ -729,6 +843,7 @@ def test_the_study_collects_what_its_runs_left(small_study, tmp_path, monkeypatc
     levers = json.loads((tmp_path / "levers.json").read_text())["levers"]
     assert [lever["name"] for lever in levers] == list(study.LEVERS)
     for each in levers[0]["seeds"]:
+        assert each["beyond"] == 0.6, "the level after the trained ones, which are 1 to 5"
         assert each["completions"] == 3 * 32
         assert each["base_kl"] == pytest.approx(log[-1]["base_kl"], rel=1e-3)
     for each in levers[list(study.LEVERS).index("dynamic")]["seeds"]:
@@ -744,6 +859,18 @@ def test_the_study_collects_what_its_runs_left(small_study, tmp_path, monkeypatc
     assert len(rows) == len(report.ROWS) + len(study.LEVERS) + len(study.HACKED) + heads
     pictures.main([str(tmp_path)])
     assert {path.stem for path in tmp_path.glob("*.png")} == set(pictures.PICTURES)
+
+
+def test_measure_gives_both_models_the_same_noise(small_study, tmp_path):
+    """Of two equal models all numbers are equal; level 1 is apart, as it is in an evaluation."""
+    run = tmp_path / "run"
+    shutil.copytree(small_study / "seed0/main", run)
+    shutil.copy(run / "base.pt", run / "r1_zero.pt")
+    measure.main([str(run), "--problems=1", "--samples=16"])
+    found = json.loads((run / "measured_1x16.json").read_text())
+    assert found["base"] == found["r1_zero"]
+    assert list(found["base"]["lengths"]) == [str(level) for level in range(2, 10)]
+    assert set(found["gain"].values()) == {0.0}
 
 
 def test_commands_refuse_in_one_line(small_study, capsys):

@@ -16,9 +16,11 @@ import torch
 
 import sample
 import train
-from data.arithmetic import is_for_training, is_held_out, write_problem
+from data import TASKS, get_tokenizer
+from data.chains import is_for_training, is_held_out
+from data.corpus import document_batches
 from grpo import (
-    KL_TERMS,
+    KL_ESTIMATORS,
     VARIANTS,
     Variant,
     clipped_surrogate,
@@ -29,10 +31,11 @@ from grpo import (
 )
 from kit import flags
 from kit.captured import CapturedDecoder
-from kit.run import open_run, sources
+from kit.run import open_run
 from model import load_model, save_model
 from sample import generate
 from tests.small import (
+    CHAINS,
     SHAPE_FLAGS,
     SMALL,
     Unsaved,
@@ -76,10 +79,10 @@ def test_learning_rate_rises_stays_and_falls():
 def test_a_completion_is_scored_against_its_own_problem():
     """Rows of one prompt are adjacent: the second prompt's answer earns nothing among the
     first's."""
-    problems = [write_problem("1 + 2 + 3"), write_problem("9 - 2 - 5")]
+    problems = [CHAINS.ask("1 + 2 + 3"), CHAINS.ask("9 - 2 - 5")]
     one, two = (f"<think> x</think><answer>{problem.answer}</answer>" for problem in problems)
     rollout = rollout_of(problems, [one, two, "", two, two, one])
-    rewards = rules({"accuracy": 2.0, "format": 0.5})(problems, rollout, 0)
+    rewards = rules({"accuracy": 2.0, "format": 0.5}, tokenizer)(problems, rollout, 0)
     assert rewards["accuracy"].tolist() == [1, 0, 0, 1, 1, 0]
     assert rewards["format"].tolist() == [1, 1, 0, 1, 1, 1]
     assert rewards["reward"].tolist() == [2.5, 0.5, 0, 2.5, 2.5, 0.5]
@@ -87,11 +90,14 @@ def test_a_completion_is_scored_against_its_own_problem():
 
 def test_the_language_rule_is_about_the_questions_language():
     """A rule of weight 0 is logged and pays nothing; a rule that is not named is not there."""
-    problems = [write_problem("1 + 2"), write_problem("1 + 2", "ko")]
+    chains = TASKS["chains-en-ko"]
+    problems = [chains.ask("1 + 2"), chains.ask("1 + 2", "ko")]
     text = "<think>\n#1 1 plus 1 is 2\n#2 2 plus 1 is 3</think><answer> 3</answer>"
     rollout = rollout_of(problems, [text, text])
     for weight in (0.0, 0.5):
-        rewards = rules({"accuracy": 1.0, "language": weight})(problems, rollout, 0)
+        rewards = rules({"accuracy": 1.0, "language": weight}, get_tokenizer("chains-en-ko"))(
+            problems, rollout, 0
+        )
         assert list(rewards) == ["reward", "accuracy", "language"]
         assert rewards["language"].tolist() == [1, 0]
         assert rewards["reward"].tolist() == [1 + weight, 1]
@@ -101,7 +107,7 @@ def test_the_language_rule_is_about_the_questions_language():
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 16])
-@pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.1, kl) for kl in KL_TERMS)])
+@pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), *((0.1, kl) for kl in KL_ESTIMATORS)])
 def test_the_gradient_does_not_depend_on_micro_batches(micro_batch, beta, kl):
     """Rows are sorted, cut and trimmed; prompts have four lengths; ratios are not 1."""
     config = replace(SMALL, max_level=5, micro_batch=micro_batch, beta=beta, kl=kl)
@@ -436,6 +442,62 @@ def test_the_reference_is_the_base_model_until_it_is_refreshed():
     assert refreshed[2]["k3_ref"] == pytest.approx(0, abs=1e-7)
 
 
+def test_refreshing_the_reference_changes_no_base_model():
+    """The reference is a copy of it: looks measure the distance from the base model itself."""
+    base, policy = small_model(), small_model()
+    config = replace(SMALL, steps=3, beta=0.01, lr=1e-2, reference_every=1)
+    train.grpo(config, Unsaved(), "r1_zero", policy, base, by_length)
+    assert all(map(torch.equal, base.parameters(), small_model().parameters()))
+    assert not torch.equal(base.embedding.weight, policy.embedding.weight)
+
+
+def test_more_minibatches_than_rows_are_as_many_as_rows():
+    _, records = run_grpo(
+        replace(SMALL, prompts=1, group_size=2, minibatches=5, steps=1), by_length
+    )
+    assert records[0]["grad_norm"] >= 0
+
+
+def test_rewards_and_rollouts_of_another_shape_are_refused():
+    """At the first step, not at the first look."""
+
+    def by_token(problems, rollout, step):
+        return {"reward": rollout.mask.float(), "accuracy": rollout.mask.float()}
+
+    with pytest.raises(ValueError, match=r'rewards\["reward"\] must be \(16,\), a number a row'):
+        run_grpo(SMALL, by_token)
+
+    def fewer(config, policy, step):
+        return train.sample(replace(config, group_size=2), policy, step)
+
+    with pytest.raises(ValueError, match=r"the rollout must have 16 rows, P \* G, not 8"):
+        run_grpo(SMALL, by_length, sample=fewer)
+
+
+def test_the_rates_rise_stay_and_fall_as_they_should():
+    """Of GRPO over 5 steps and from the half on; of imitation over a tenth of the steps."""
+    _, records = run_grpo(replace(SMALL, steps=20, lr=1e-3, prompts=2, group_size=2, eval_every=99))
+    rates = [1e3 * record["lr"] for record in records]
+    assert rates == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8] + [1] * 7 + [x / 10 for x in range(9, 0, -1)]
+    )
+    run, seen, honest = Unsaved(), [], torch.optim.AdamW.step
+
+    def step(optimizer, *args, **kwargs):
+        groups = optimizer.param_groups
+        seen.append(groups[0]["lr"])
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+        assert {weight.dim() for weight in groups[1]["params"]} == {1}
+        return honest(optimizer, *args, **kwargs)
+
+    web = document_batches("chains", range(1, 3), 0, 512, 96)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        train.imitate(SMALL, run, "base", small_model(), web, 40, 1.0)
+    assert seen[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert seen[12] == 1 and seen[13] < 1 and seen[-1] == pytest.approx(1 / 28)
+
+
 def test_inner_epochs_move_the_ratio_away_from_1():
     _, once = run_grpo(replace(SMALL, steps=1, minibatches=1, lr=3e-2), by_length)
     assert once[0]["ratio"] == pytest.approx(1, abs=1e-5)
@@ -487,7 +549,7 @@ def test_a_look_tells_accuracy_and_kl_at_temperature_1(temperature):
             ]
     assert found["base_kl"] == pytest.approx(torch.stack(terms).mean().item(), abs=1e-5)
     assert found["base_kl"] > 1e-3
-    right = rules({"accuracy": 1.0})(problems, rollout, 0)["accuracy"]
+    right = rules({"accuracy": 1.0}, tokenizer)(problems, rollout, 0)["accuracy"]
     assert found["held_out_accuracy"] == right.mean().item()
 
     look = run.looks[-1]
@@ -503,7 +565,8 @@ def test_a_look_tells_accuracy_and_kl_at_temperature_1(temperature):
             expected = getattr(rollout, name)[row][mask].tolist()
             assert each[name] == pytest.approx(expected, abs=1e-4)
         assert each["rewards"]["reward"] == rewards[row]
-        assert each["advantage"] == [pytest.approx(advantages[row].item(), abs=1e-4)]
+        expected = [advantages[row].item()] * len(ids)
+        assert each["advantage"] == pytest.approx(expected, abs=1e-4)
     assert len(told) == 3 * config.group_size
 
 
@@ -523,6 +586,47 @@ def test_captured_sampling_enters_as_an_argument_and_changes_no_step():
 
 
 # ---------------------------------------------------------------------------------- from end to end
+
+
+def job(**changes):
+    """The job on a tiny size in no folder: what it finished with, the run, and its policy."""
+    run = Unsaved()
+    train.r1_zero(replace(SMALL, pretrain_steps=2, steps=1, eval_samples=8, **changes), run)
+    return run
+
+
+def test_settings_reach_every_part_of_the_job():
+    """Another seed gives other weights, documents, problems, noise, looks, evaluations, samples."""
+    one, same, other = job(), job(), job(seed=1)
+    assert one.records[0]["loss"] == same.records[0]["loss"] != other.records[0]["loss"]
+    assert one.finished["base"] == same.finished["base"] != other.finished["base"]
+    assert one.written == same.written
+    for first, second in ((one, same), (one, other)):
+        equal = first is one and second is same
+        looks = [[said["prompt"] for said in run.looks[0]["problems"]] for run in (first, second)]
+        assert (looks[0] == looks[1]) == equal
+        asked = [re.findall("User: .*", run.written["samples.txt"]) for run in (first, second)]
+        assert (asked[0] == asked[1]) == equal
+    by_format = job(rewards="format=1")
+    assert "accuracy" not in by_format.records[-1] and "format" in by_format.records[-1]
+    assert set(job(max_level=3).finished["base"]["beyond"]) == {"4", "5", "6", "7"}
+
+
+def test_cuda_graphs_take_the_sampling_of_the_job(monkeypatch):
+    """On a CPU the same steps run as they are; one decoder serves all rollouts."""
+    plain, decoders = job(), []
+    honest = CapturedDecoder.decode
+    monkeypatch.setattr(
+        CapturedDecoder,
+        "decode",
+        lambda self, *args, **how: decoders.append(self) or honest(self, *args, **how),
+    )
+    captured = job(cuda_graphs=True)
+    assert len(decoders) == 1
+    for name in ("reward", "completion_tokens", "entropy"):
+        found, expected = captured.records[-1][name], plain.records[-1][name]
+        assert found == pytest.approx(expected, abs=1e-4), name
+
 
 SMALL_RUN = ["--preset=tiny", "--prompts=4", "--group_size=4", "--steps=9", "--max_new_tokens=12"]
 SMALL_RUN += ["--eval_problems=4", *SHAPE_FLAGS]
@@ -546,7 +650,7 @@ def test_a_loss_that_is_not_finite_leaves_the_base_model(tmp_path, capsys):
     config_flags = [*SMALL_RUN, *flags]
     with pytest.raises(SystemExit, match=message):
         config = parsed(config_flags)
-        with open_run(config) as run:
+        with open_run(config, "train.py") as run:
             train.r1_zero(config, run, by_length)
     assert not {"r1_zero.pt", "result.json"} & {path.name for path in folder.iterdir()}
     for one, two in zip(load_model(folder / "base.pt").parameters(), small_model().parameters()):
@@ -571,10 +675,14 @@ def test_the_gpu_preset_runs_on_a_cpu(tmp_path, capsys):
     train.main(["--preset=gpu", *flags, f"--out={tmp_path / 'run'}"])
     shown = capsys.readouterr().out
     assert shown.startswith("cpu has no fast bfloat16: matrix products will be in float32\n")
-    config = Config(**json.loads((tmp_path / "run" / "config.json").read_text()))
-    assert (config.dtype, config.max_level, config.languages) == ("bfloat16", 8, "en,ko")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (settings["dtype"], settings["max_level"], settings["task"]) == (
+        "bfloat16",
+        8,
+        "chains-99",
+    )
     result = json.loads((tmp_path / "run" / "result.json").read_text())["base"]
-    assert set(result["by_language"]) == set(result["thinks_in"]) == {"en", "ko"}
+    assert set(result["by_language"]) == {"en", "ko"}
     assert set(result["apart"]) == {"1"} and set(result["beyond"]) == {"9", "10", "11", "12"}
     assert "pass@1, ko" in shown and "pass@1, level 1 " in shown
     weights = load_model(tmp_path / "run" / "base.pt").parameters()
@@ -617,7 +725,7 @@ def test_reward_does_not_rise_with_shuffled_advantages(tiny_run, tmp_path):
 
     folder = tmp_path / "control"
     config = parsed(["--preset=tiny", f"--init={tiny_run[0] / 'base.pt'}", f"--out={folder}"])
-    with open_run(config) as run:
+    with open_run(config, "train.py") as run:
         train.r1_zero(config, run, advantage=shuffled)
     records = grpo_records(folder)
     assert len(records) == len(grpo_records(tiny_run[0]))
@@ -630,11 +738,18 @@ def test_the_run_folder_holds_what_it_should(tiny_run):
     files = {"config.json", "log.jsonl", "looks.jsonl", "last.pt", "base.pt", "r1_zero.pt"}
     code = {"grpo.py", "model.py", "rewards.py", "sample.py", "train.py", "data", "kit"}
     assert {path.name for path in folder.iterdir()} == files | code | {"samples.txt", "result.json"}
-    assert len(sources("train.py")) >= 5 + 6 + 6
-    for source in sources("train.py"):
+    kept = {str(path.relative_to(folder)) for path in folder.rglob("*.py")}
+    rooms = {
+        str(p.relative_to(ROOT)) for r in ("*.py", "data/*.py", "kit/*.py") for p in ROOT.glob(r)
+    }
+    assert kept == rooms
+    for source in kept:
         assert (folder / source).read_text() == (ROOT / source).read_text()
-    config = Config(**json.loads((folder / "config.json").read_text()))
-    assert config == replace(Config(**train.PRESETS["tiny"]), preset="tiny", out=str(folder))
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings.pop("program") == "train.py"
+    config = Config(**settings)
+    expected = Config(**train.PRESETS["tiny"], preset="tiny", out=str(folder)).filled()
+    assert config == expected
     assert asdict(load_model(folder / "r1_zero.pt").config)["d_model"] == config.d_model
     looks = [json.loads(line) for line in (folder / "looks.jsonl").read_text().splitlines()]
     assert [look["step"] for look in looks] == [10, 20, 30, 40, 50]
@@ -642,7 +757,7 @@ def test_the_run_folder_holds_what_it_should(tiny_run):
     assert set(result) == {"device", "seed", "seconds", "base", "r1_zero"}
     assert set(result["seconds"]) == {"base", "r1_zero", "evaluation", "total"}
     names = {"pass@1", "pass@8", "maj@8", "greedy", "format", "completion_tokens", "think_tokens"}
-    names |= {"by_level", "by_language", "beyond", "apart", "thinks_in"}
+    names |= {"by_level", "by_language", "beyond", "apart", "thinking"}
     for metrics in (result["base"], result["r1_zero"]):
         assert set(metrics) == names
         assert metrics["pass@1"] == pytest.approx(np.mean(list(metrics["by_level"].values())))
@@ -657,7 +772,9 @@ def test_the_run_ends_with_a_table_and_one_problem(tiny_run):
     assert f"{100 * result['base']['pass@1']:.1f} %" in line
     assert f"{100 * result['r1_zero']['pass@1']:.1f} %" in line
     said = (folder / "samples.txt").read_text()
-    assert said.split("\n\n")[-1].strip() in shown
+    block = shown.partition("gets wrong and the trained model right:\n\n")[2].partition("\n\n")[0]
+    assert block in said and "[base: accuracy 0" in block and "[R1-Zero: accuracy 1" in block
+    assert f"python sample.py --checkpoint {folder}/r1_zero.pt" in shown
     right = [said.count(f"[{name}: accuracy 1") for name in ("base", "R1-Zero")]
     assert right[0] < right[1]
 
@@ -666,11 +783,11 @@ def test_a_trained_model_answers_a_typed_problem(tiny_run, capsys):
     checkpoint = ["--checkpoint", str(tiny_run[0] / "r1_zero.pt")]
     sample.main(["2 + 3 - 1", *checkpoint])
     shown = capsys.readouterr().out
-    assert shown.startswith("User: what is 2 plus 3 minus 1?\nAssistant:")
-    assert shown.endswith(f"  [{checkpoint[1]}]\n")
-    verdicts = ("is right", "is wrong: it is 4", "no answer that the rule can read")
+    assert shown.startswith(f"{checkpoint[1]}: it learned chains, levels 1 to 2, such as ")
+    assert "\nUser: what is 2 plus 3 minus 1?\nAssistant:" in shown
+    verdicts = ("is right", "is wrong: 4 is right", "no answer that the rules can read")
     assert any(verdict in shown for verdict in verdicts)
     sample.main(["2", "+", "3", "-", "1", "-n", "8", *checkpoint])
     shown = capsys.readouterr().out
     assert shown.count("--- accuracy") == 8
-    assert "of 8 are right: the answer is 4" in shown
+    assert "rewarded for accuracy=1,format=1; a right answer is 4" in shown

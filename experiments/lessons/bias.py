@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from experiments.watch.plot import check_picture
-from grpo import KL_TERMS, VARIANTS, group_advantages, policy_loss
+from grpo import ADVANTAGES, KL_ESTIMATORS, VARIANTS, group_advantages, policy_loss
 
 # -------------------------------------------------------------------------------- the tiny policy
 
@@ -132,13 +132,17 @@ def kl_term_gradient(
 def weight_of_question(pass_rate: float, group_size: int, scale: str) -> float:
     """What the gradient of a question with right and wrong answers is multiplied by, on average
     over its groups. Each group has some number of right outputs, and `group_advantages` says what
-    they get."""
+    right and wrong outputs get."""
     weight, G = 0.0, group_size
     for right in range(1, G):
-        rewards = torch.tensor([1.0] * right + [0.0] * (G - right), dtype=torch.float64)
-        chance = math.comb(G, right) * pass_rate**right * (1 - pass_rate) ** (G - right)
-        weight += chance * right / G * group_advantages(rewards, G, scale)[0].item()
-    return weight / (pass_rate * (1 - pass_rate))
+        wrong = G - right
+        rewards = torch.tensor([1.0] * right + [0.0] * wrong, dtype=torch.float64)
+        chance = math.comb(G, right) * pass_rate**right * (1 - pass_rate) ** wrong
+        first, *_, last = group_advantages(rewards, G, scale).tolist()
+        # A right output pulls along the gradient of the pass rate over the pass rate, and a wrong
+        # output against it, over the rest.
+        weight += chance * (right / G * first / pass_rate - wrong / G * last / (1 - pass_rate))
+    return weight
 
 
 # ---------------------------------------------------------------------------------- the questions
@@ -173,7 +177,9 @@ Groups of 8; what the question's gradient is multiplied by:
     )
     rates = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
     print(f"{'pass rate':>16}" + "".join(f"{rate:8.2f}" for rate in rates))
-    for scale in ("leave_one_out", "none", "std"):
+    for scale in ADVANTAGES:
+        if scale == "batch":  # of one question, the batch is the group: "batch" is "std" here
+            continue
         weights = [weight_of_question(rate, 8, scale) for rate in rates]
         print(f"{scale:>16}" + "".join(f"{weight:8.3f}" for weight in weights))
     logits = random_logits(0)
@@ -232,7 +238,7 @@ to the size of the reverse KL's gradient.
     print(f"{'':10} {columns} {'with 1/|o_i|':>13}")
     forward, reverse = (kl_gradient(logits, reference, logits, which) for which in (False, True))
     older_reverse = kl_gradient(logits, reference, older, True)
-    for kind in KL_TERMS:
+    for kind in KL_ESTIMATORS:
         found = kl_term_gradient(logits, reference, logits, kind)
         targets = (torch.zeros_like(logits), forward, reverse)
         gaps = [((found - target).norm() / reverse.norm()).item() for target in targets]
@@ -280,7 +286,7 @@ def plot(path: Path) -> None:
     logits, reference = random_logits(0), random_logits(1)
     bars = {"reverse KL": kl_gradient(logits, reference, logits, True)}
     bars["forward KL"] = kl_gradient(logits, reference, logits, False)
-    bars |= {kind: kl_term_gradient(logits, reference, logits, kind) for kind in KL_TERMS}
+    bars |= {kind: kl_term_gradient(logits, reference, logits, kind) for kind in KL_ESTIMATORS}
     share = 1 / len(bars)
     for i, (name, values) in enumerate(bars.items()):
         places = [token + 0.78 * (share * (i + 0.5) - 0.5) for token in range(3)]

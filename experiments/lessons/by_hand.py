@@ -12,7 +12,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from data.tokenizer import get_tokenizer
+from data import get_tokenizer
 from grpo import VARIANTS, clipped_surrogate, group_advantages, policy_loss
 from rewards import accuracy_reward, format_reward
 
@@ -34,7 +34,7 @@ OLD_PROBABILITY = 0.5  # of every token
 def build() -> tuple[Tensor, ...]:
     """The tensors of the step, as `generate`, the rules and the model would give them: tokens and
     mask (B, T), rewards (B,), logps and old_logps (B, T)."""
-    tokenizer = get_tokenizer()
+    tokenizer = get_tokenizer("chains")
     prompts = [tokenizer.encode(prompt) for prompt in ASKED for _ in range(4)]
     completions = [[*tokenizer.encode(text, tags=True), tokenizer.eos_id] for text in SAMPLED]
     width = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions))

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 import train
+from data import TASKS, get_tokenizer
 from data.problem import sample_problems, stream
 from experiments.study import collect
 from kit.captured import CapturedDecoder
@@ -295,9 +296,10 @@ class OurStep:
         self.optimizer = train.make_optimizer(self.model)
         given = {"device": machine.device, "group_size": GROUP, "max_new_tokens": flags.tokens}
         self.config = replace(train.Config(), micro_batch=flags.micro_batch, **given)
-        asked = (self.config.task, self.config.levels, len(prompts))
+        task, levels = self.config.task, self.config.levels
+        asked = (TASKS[task], levels, len(prompts))
         self.problems = sample_problems(stream(0, "problems"), *asked)
-        self.rules = train.rules({"accuracy": 1.0, "format": 1.0})
+        self.rules = train.rules({"accuracy": 1.0, "format": 1.0}, get_tokenizer(task))
 
     def __call__(self) -> dict[str, float]:
         """The seconds of each part of a step, and of the whole."""

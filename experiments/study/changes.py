@@ -26,7 +26,7 @@ RUNS = {
     "clip": "the README's new clipping rule: --variant both_sides",
     "kl": "the README's new KL estimator: --beta 0.05 --kl both",
     "careful": "the README's new reward: --rewards accuracy=1,format=1,careful=1",
-    "task": "the README's new task: --operators +-^, without --init",
+    "task": "the README's new task: --task chains-max, without --init",
 }
 
 
@@ -58,7 +58,7 @@ def main(names: list[str]) -> None:
     folders = sorted(map(Path, names), key=lambda folder: list(RUNS).index(folder.name))
     runs = [summary(folder) for folder in folders]
     results = {
-        "command": "python train.py --init out/cpu-grpo-seed0/base.pt FLAGS",
+        "command": "python train.py --init out/chains-cpu-grpo-seed0/base.pt FLAGS",
         "hardware": f"{processor()}, two runs at a time",
         "torch": version("torch"),
         "seed": 0,

@@ -1,6 +1,6 @@
 """Collect finished runs: their results as one JSON file, and the table that the README shows.
 
-    python -m experiments.study.collect cpu out/cpu-grpo-seed*    # on the machine that made them
+    python -m experiments.study.collect cpu out/chains-cpu-*    # on the machine that made them
     python -m experiments.study.collect language out/language-*
 
 Each generated table stands between two comments, and this command alone writes it; a test compares
@@ -71,9 +71,9 @@ TABLES = {
         },
     ),
     "language": Table(
-        "python train.py --preset cpu --languages en,ko --max_level 4 --pretrain_steps 8000 "
+        "python train.py --preset cpu --task chains-en-ko --max_level 4 --pretrain_steps 8000 "
         "--eval_problems 200 --seed SEED --init BASE",
-        Config(languages="en,ko", max_level=4, pretrain_steps=8000, eval_problems=200),
+        Config(task="chains-en-ko", max_level=4, pretrain_steps=8000, eval_problems=200),
         ("rewards", "init"),
         {
             "base model": at("base"),
@@ -83,10 +83,10 @@ TABLES = {
         {
             "right answers to English questions": at("by_language", "en"),
             "right answers to Korean questions": at("by_language", "ko"),
-            "English questions thought through in English": at("thinks_in", "en", "en"),
-            "Korean questions thought through in Korean": at("thinks_in", "ko", "ko"),
-            "Korean questions thought through in English": at("thinks_in", "ko", "en"),
-            "Korean questions, thoughts in both": at("thinks_in", "ko", "mixed"),
+            "English questions thought through in English": at("thinking", "en_thinks_in_en"),
+            "Korean questions thought through in Korean": at("thinking", "ko_thinks_in_ko"),
+            "Korean questions thought through in English": at("thinking", "ko_thinks_in_en"),
+            "Korean questions, thoughts in both": at("thinking", "ko_thinks_in_both"),
         },
     ),
 }
@@ -156,7 +156,7 @@ def read_run(folder: Path, table: Table) -> dict:
         sys.exit(f"{folder} is not the folder of a finished run: it holds no result.json")
     settings = json.loads((folder / "config.json").read_text())
     free = {name: settings.get(name) for name in ("seed", "out", *table.free)}
-    if settings != asdict(table.settings) | free:
+    if settings != {"program": "train.py", **asdict(table.settings.filled()), **free}:
         sys.exit(f"{folder} was not made by `{table.command}`: its config.json differs")
     told = {name: settings[name] for name in table.free if name != "init"}
     return json.loads((folder / "result.json").read_text()) | {"settings": told}

@@ -1,11 +1,11 @@
 """What a run's base model and its R1-Zero do differently: many completions of few held-out
 problems, taken apart.
 
-    python -m experiments.study.measure out/cpu-grpo-seed0   # two minutes; RUN/measured.json
+    python -m experiments.study.measure out/chains-cpu-grpo-seed0   # two minutes; RUN/measured.json
 
 From one sample of each model: pass@k, majority votes, lengths, styles, and the checks that it makes
 of its own steps. Then the base model helped to a thought, and checks of steps that were written for
-it.
+it. It reads the thoughts of the chains, in any of their languages, and of no other task.
 """
 
 import argparse
@@ -14,28 +14,28 @@ import json
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.arithmetic import APPLY
+from data import TASKS
+from data.chains import APPLY, Chains
 from data.languages import LANGUAGES
 from data.problem import Problem, stream
-from data.tokenizer import get_tokenizer
 from kit.evaluate import BEYOND, Answers, grade, held_out_problems, majority_is_right, pass_at_k
 from kit.flags import saved_config
 from kit.run import set_up
 from model import Transformer, write_whole
 from rewards import accuracy_reward, extract_answer
-from sample import decode_completions, generate, load_policy
+from sample import decode_completions, generate, load_policy, tokenizer_of
 from train import Config
 
 OPENINGS = ("<think>", "<think>\n#1")  # what the base model is helped with
+OPENED = 16  # completions of each problem, so helped
 ROWS = 1024  # completions sampled at once
 PROBLEMS, SAMPLES = 40, 256  # of each level; of each problem
 PARTS = {  # of a gain
@@ -65,9 +65,9 @@ def style_of(text: str) -> str:
     return "steps" if steps else "glib"
 
 
-def says(text: str, answer: str) -> bool:
-    """The lenient reading: whether the last number is the answer, in a tag or not."""
-    return re.findall("[0-9]+", text)[-1:] == [answer]
+def last_number(text: str) -> str | None:
+    """The lenient reading of an answer: the last number, in a tag or not."""
+    return next(iter(re.findall("[0-9]+", text)[-1:]), None)
 
 
 def checks(text: str) -> Counter:
@@ -91,8 +91,8 @@ def ask(
     config: Config, model: Transformer, problems: list[Problem], samples: int, opening: str = ""
 ) -> Answers:
     """`samples` completions of each problem at temperature 1, after an opening that is then part of
-    their text. The same noise for every model."""
-    answers, part, tokenizer = [], max(1, ROWS // samples), get_tokenizer()
+    their text. The same noise for every model, and other noise for every problem."""
+    answers, part, tokenizer = [], max(1, ROWS // samples), tokenizer_of(model)
     begun = tokenizer.encode(opening, tags=True)
     seed = stream(config.seed, "measure", samples).getrandbits(63)
     look = {"desc": "ask", "leave": False, "dynamic_ncols": True, "disable": None}
@@ -117,22 +117,43 @@ def mean(values: list) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def by_style(problems: list[Problem], answers: Answers) -> dict[str, dict[str, float]]:
-    """For each style its share of all completions; the share of these that are right by either
-    reading; and of the right ones the share that the accuracy rule counts, which wants the tags."""
-    found = [
-        (style_of(text), says(text, problem.answer) or counted, counted)
-        for problem, group in zip(problems, answers)
-        for text, _ in group
-        for counted in (accuracy_reward(text, problem.answer),)
+Keys = list[list[str]]  # of each problem: the answers that its completions are held against
+
+
+def own(problems: list[Problem]) -> Keys:
+    """What is right by these is right."""
+    return [[problem.answer] for problem in problems]
+
+
+def of_others(problems: list[Problem]) -> Keys:
+    """The answers to all other problems of the level, but for those that are the problem's own:
+    what is right by these is right by chance. None where a level has one answer alone."""
+    return [
+        [x.answer for x in problems if x.level == p.level and x.answer != p.answer]
+        for p in problems
     ]
+
+
+def by_style(problems: list[Problem], answers: Answers, keys: Keys) -> dict[str, dict]:
+    """For each style its share of all completions; the share of these that are right by either
+    reading; and of the right ones the share that the accuracy rule counts, which wants the tags.
+    Right is what is a key, as a mean over the problem's keys; None where it has none."""
+    found = []
+    for _, group, mine in zip(problems, answers, keys):
+        for text, _ in group:
+            given, last = extract_answer(text), last_number(text)
+            right = mean([key in (given, last) for key in mine])
+            found.append((style_of(text), right, mean([key == given for key in mine])))
     table = {}
     for style in sorted({style for style, *_ in found}):
-        mine = [(right, counted) for each, right, counted in found if each == style]
+        known = [(right, counted) for each, right, counted in found if each == style]
+        share = len(known) / len(found)
+        known = [(right, counted) for right, counted in known if right is not None]
+        right, counted = (sum(column) for column in zip(*known)) if known else (0, 0)
         table[style] = {
-            "share": len(mine) / len(found),
-            "right": mean([right for right, _ in mine]),
-            "counted": mean([counted for right, counted in mine if right]),
+            "share": share,
+            "right": right / len(known) if known else None,
+            "counted": counted / right if right else None,
         }
     return table
 
@@ -189,35 +210,27 @@ def votes(problems: list[Problem], answers: Answers, k: int) -> float:
     """maj@k: the share of groups of k completions whose most frequent answer is right."""
     return mean(
         [
-            majority_is_right([extract_answer(text) for text, _ in group[i : i + k]], p.answer)
+            majority_is_right([extract_answer(text) for text, _ in group[i : i + k]], p)
             for p, group in zip(problems, answers)
             for i in range(0, len(group) - k + 1, k)
         ]
     )
 
 
-def pass_at(problems: list[Problem], answers: Answers) -> dict[str, dict[str, float]]:
-    """pass@k by level, for k = 1, 2, 4 ... up to the number of samples; unbiased."""
-    right, n = grade(problems, answers).sum(axis=1), len(answers[0])
-    levels, ks = np.array([p.level for p in problems]), [2**i for i in range(n.bit_length())]
+def pass_at(problems: list[Problem], answers: Answers, keys: Keys) -> dict[str, dict]:
+    """pass@k by level, for k = 1, 2, 4 ... up to the number of samples; unbiased. Right is what is
+    a key, as a mean over the problem's keys; None where no problem of the level has one."""
+    n, found = len(answers[0]), defaultdict(list)  # of each level: how often each key was given
+    for problem, group, mine in zip(problems, answers, keys):
+        given = Counter(extract_answer(text) for text, _ in group)
+        found[problem.level] += [[given[key] for key in mine]] if mine else []
     return {
         str(level): {
-            str(k): mean([pass_at_k(n, int(count), k) for count in right[levels == level]])
-            for k in ks
+            str(k): mean([mean([pass_at_k(n, count, k) for count in each]) for each in counts])
+            for k in (2**i for i in range(n.bit_length()))
         }
-        for level in np.unique(levels)
+        for level, counts in sorted(found.items())
     }
-
-
-def of_others(problems: list[Problem]) -> list[Problem]:
-    """The same problems, each with the first other answer that comes after it in its level: what is
-    right then is right by chance. Where there is no other, with an answer that nobody can give."""
-    swapped = []
-    for i, problem in enumerate(problems):
-        level = (each for each in (*problems[i:], *problems[:i]) if each.level == problem.level)
-        others = (each.answer for each in level if each.answer != problem.answer)
-        swapped.append(replace(problem, answer=next(others, "")))
-    return swapped
 
 
 @torch.no_grad()
@@ -229,7 +242,7 @@ def forced_checks(config: Config, model: Transformer, problems: list[Problem]) -
     does, where the step is right and where it is wrong; and to name the right number, given that it
     called a wrong step wrong.
     """
-    tokenizer, spoken = get_tokenizer(), LANGUAGES["en"]
+    tokenizer, spoken = tokenizer_of(model), LANGUAGES["en"]
     right_id, wrong_id = (tokenizer.encode(f" {word}")[0] for word in (spoken.right, spoken.wrong))
     kinds = [
         f"{kind}, {what}" for kind in ("right", "wrong") for what in ("checked", "called wrong")
@@ -257,37 +270,46 @@ def forced_checks(config: Config, model: Transformer, problems: list[Problem]) -
     return {name: mean(values) for name, values in found.items()}
 
 
-def describe(
-    config: Config, model: Transformer, problems: list[Problem], samples: int
-) -> dict[str, dict]:
-    """All of it for one model. `problems` are of the trained levels and beyond, those beyond for
-    pass@k alone."""
-    answers = ask(config, model, problems, samples)
+def describe(problems: list[Problem], answers: Answers, hardest: int) -> dict[str, dict]:
+    """What completions show. `problems` are of levels up to `hardest`, the hardest trained one, and
+    beyond: the latter for pass@k and lengths, and the level after it for its styles."""
 
     def only(belongs: Callable[[int], bool]) -> tuple[list[Problem], Answers]:
         rows = [(p, group) for p, group in zip(problems, answers) if belongs(p.level)]
         return [p for p, _ in rows], [group for _, group in rows]
 
-    asked, said = only(lambda level: level <= config.max_level)
-    longer, tried = only(lambda level: level == config.max_level + 1)
+    asked, said = only(lambda level: level <= hardest)
+    longer, tried = only(lambda level: level == hardest + 1)
     everything = [(p, text) for p, group in zip(asked, said) for text, _ in group]
-    opened = {
-        opening: mean(grade(asked, ask(config, model, asked, 16, opening))) for opening in OPENINGS
-    }
     return {
         "pass@1": mean(grade(asked, said)),
-        "lenient": mean([says(text, p.answer) for p, text in everything]),
-        "opened": opened,
-        "votes": {str(k): votes(asked, said, k) for k in (1, 16, 64) if k <= samples},
-        "pass@k": pass_at(problems, answers),
-        "pass@k by chance": pass_at(of_others(problems), answers),
-        "styles": by_style(asked, said),
-        "styles, one operation more": by_style(longer, tried),
-        "the same by chance": by_style(of_others(longer), tried),
+        "lenient": mean([last_number(text) == p.answer for p, text in everything]),
+        "votes": {str(k): votes(asked, said, k) for k in (1, 16, 64) if k <= len(said[0])},
+        "pass@k": pass_at(problems, answers, own(problems)),
+        "pass@k by chance": pass_at(problems, answers, of_others(problems)),
+        "styles": by_style(asked, said, own(asked)),
+        "styles, one operation more": by_style(longer, tried, own(longer)),
+        "the same by chance": by_style(longer, tried, of_others(longer)),
         "lengths": lengths(problems, answers),
         "checks": {
             **sum((checks(text) for _, text in everything), Counter()),
             "completions": len(everything),
+        },
+    }
+
+
+def examine(
+    config: Config, model: Transformer, problems: list[Problem], samples: int
+) -> dict[str, dict]:
+    """All of it for one model: what it says by itself, what it says after an opening, and what it
+    makes of steps that were written for it."""
+    hardest = config.levels[-1]
+    asked = [problem for problem in problems if problem.level <= hardest]
+    return {
+        **describe(problems, ask(config, model, problems, samples), hardest),
+        "opened": {
+            opening: mean(grade(asked, ask(config, model, asked, OPENED, opening)))
+            for opening in OPENINGS
         },
         "forced checks": forced_checks(config, model, asked),
     }
@@ -321,21 +343,24 @@ def main(arguments: list[str]) -> None:
         if flags.problems < 1 or flags.samples < 16:
             raise ValueError("--problems must be at least 1 and --samples at least 16")
         config = finished_run(flags.run)
+        if not isinstance(TASKS[config.task], Chains):
+            raise ValueError(f"{flags.run} is of {config.task}: only thoughts of chains are read")
         set_up(config)
         models = {
-            name: load_policy(flags.run / f"{name}.pt", get_tokenizer(), config.device)
+            name: load_policy(flags.run / f"{name}.pt", config.device)
             for name in ("base", "r1_zero")
         }
     except ValueError as error:
         parser.error(str(error))
-    problems = []
-    for level in range(max(2, config.min_level), config.max_level + BEYOND + 1):
+    problems, levels = [], config.levels
+    # No problem of level 1 is held out.
+    for level in range(max(2, levels[0]), levels[-1] + BEYOND + 1):
         purpose = f"measure {level}"
         problems += held_out_problems(config.task, [level], flags.problems, config.seed, purpose)
     measured = {}
     for name, model in models.items():
         model.in_bfloat16 = config.in_bfloat16
-        measured[name] = describe(config, model, problems, flags.samples)
+        measured[name] = examine(config, model, problems, flags.samples)
     parts = gain_parts(measured["base"]["styles"], measured["r1_zero"]["styles"])
     result = {"problems": flags.problems, "samples": flags.samples, **measured, "gain": parts}
     whole = (flags.problems, flags.samples) == (PROBLEMS, SAMPLES)

@@ -11,6 +11,7 @@ import math
 import sys
 from pathlib import Path
 
+from experiments.study import report
 from experiments.study.collect import RESULTS, at
 from experiments.watch.plot import check_picture
 
@@ -115,7 +116,7 @@ def draw_signals(axes, seeds: list[dict]) -> None:
 
 def draw_pass_at_k(axes, seeds: list[dict]) -> None:
     """pass@k of base and R1-Zero: at the hardest trained level, and at three beyond."""
-    highest = max(map(int, seeds[0]["base"]["by_level"]))
+    highest = report.highest(seeds[0])
     for axis, level in zip(axes, (highest, highest + 1, highest + 2, highest + 4)):
         for name, what, label, color in (
             ("base", "pass@k", "base", BASE),
@@ -124,7 +125,10 @@ def draw_pass_at_k(axes, seeds: list[dict]) -> None:
             ("r1_zero", "pass@k by chance", "R1-Zero by chance", CHANCE),
         ):
             curves = [seed["measured"][name][what][str(level)].items() for seed in seeds]
-            logs = [[{"step": int(k), "value": value} for k, value in curve] for curve in curves]
+            logs = [  # a chance that is unknown has no point
+                [{"step": int(k), "value": value} for k, value in curve if value is not None]
+                for curve in curves
+            ]
             draw_spread(axis, logs, "value", color=color, marker=".", label=label)
         beyond = f"{level - highest} more" if level > highest else "the most trained on"
         axis.set_xscale("log", base=4)

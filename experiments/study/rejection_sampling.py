@@ -2,8 +2,8 @@
 the point of every rule, and train on them as on documents (RFT: Yuan et al. 2023; online RFT:
 DeepSeekMath, section 5.2.1).
 
-    python -m experiments.study.rejection_sampling out/cpu-grpo-seed0
-    python -m experiments.study.rejection_sampling out/cpu-grpo-seed0 --rounds 80
+    python -m experiments.study.rejection_sampling out/chains-cpu-grpo-seed0
+    python -m experiments.study.rejection_sampling out/chains-cpu-grpo-seed0 --rounds 80
 
 It starts from the run's base model. With several rounds it is online: the newest model samples
 each. It samples the problems of the run's own GRPO steps, as many completions of them, and then
@@ -20,15 +20,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 import train
+from data import get_tokenizer
 from data.batches import Row, padded
 from data.problem import Problem, stream
-from data.tokenizer import get_tokenizer
 from experiments.study.measure import finished_run
 from grpo import token_logps
 from kit.evaluate import evaluate
 from kit.run import set_up
 from model import Transformer, write_whole
-from sample import Rollout, load_policy
+from sample import Rollout, load_policy, tokenizer_of
 
 LR = 3e-4  # of 1e-4, 3e-4, 1e-3 and 3e-3 the best (NOTES.md)
 
@@ -38,7 +38,8 @@ def split(problems: list[Problem], rollout: Rollout) -> tuple[list[Row], list[Ro
     are content."""
     cut = zip(rollout.starts.tolist(), rollout.ends.tolist(), rollout.tokens.tolist())
     rows = [(start, tokens[:end]) for start, end, tokens in cut]
-    points = train.rules({"accuracy": 1.0, "format": 1.0})(problems, rollout, 0)["reward"]
+    rules = train.rules({"accuracy": 1.0, "format": 1.0}, get_tokenizer(problems[0].task))
+    points = rules(problems, rollout, 0)["reward"]
     return rows, [row for row, earned in zip(rows, points.tolist()) if earned == 2]
 
 
@@ -67,7 +68,8 @@ def rejection_sampling(
 ) -> dict:
     """Change the model in place. `sample` is as `train.grpo` takes it. Returns how many tokens were
     sampled, and the share of the completions that was kept in each round."""
-    optimizer, tokens, shares = train.make_optimizer(model), 0, []
+    optimizer, pad_id = train.make_optimizer(model), tokenizer_of(model).pad_id
+    tokens, shares = 0, []
     look = {"desc": "rejection sampling", "unit": "round", "dynamic_ncols": True, "disable": None}
     for number in tqdm(range(rounds), **look):
         rows, kept = [], []
@@ -81,7 +83,7 @@ def rejection_sampling(
         tokens += budget
         shares.append(len(kept) / len(rows))
         for done, batch in batches(config, kept, budget, number):
-            ids, mask = (x.to(config.device) for x in padded(batch, get_tokenizer().pad_id))
+            ids, mask = (x.to(config.device) for x in padded(batch, pad_id)[:2])
             loss = -token_logps(model(ids), ids, config.temperature)[mask].mean()
             loss.backward()
             thousandths = 1000 * (number + done) / rounds
@@ -106,7 +108,7 @@ def main(arguments: list[str]) -> None:
         if not 1 <= flags.rounds <= config.steps:
             raise ValueError(f"--rounds must be from 1 to the {config.steps} steps of the run")
         set_up(config)
-        model = load_policy(flags.run / "base.pt", get_tokenizer(), config.device)
+        model = load_policy(flags.run / "base.pt", config.device)
         model.in_bfloat16 = config.in_bfloat16
         found = rejection_sampling(config, model, flags.rounds, flags.lr)
     except ValueError as error:

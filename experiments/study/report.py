@@ -3,7 +3,8 @@
     python -m experiments.study.report     # writes them anew from experiments/results
 
 A row of the phenomena says what the papers found, what is found here, what to hold against it, and
-in how many of the seeds it is there: the test beside each row computes that from the runs.
+in how many of the seeds it is there: the test beside each row computes that from the runs. Where a
+row compares shares, `Share.clear` says when a margin counts.
 """
 
 import json
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.study.collect import RESULTS, at, grid, made_on, write_into_readme
+from experiments.study.measure import OPENED
 from experiments.watch.diagnose import ends
+from train import Config
 
 BASE, R1 = "base", "r1_zero"
+FEWER = 200  # held-out problems of an evaluation, where the study has many runs
 Seed = dict  # what one seed shows, as study.phenomena_of gives it
 Number = Callable[[Seed], float | None]  # None where there is nothing to count
 
@@ -26,8 +30,26 @@ def beyond(model: str, above: int, k: int, what: str = "pass@k") -> Number:
     return lambda seed: seed["measured"][model][what][str(highest(seed) + above)][str(k)]
 
 
+def levels(seed: Seed) -> list[int]:
+    """The trained levels that are measured: not level 1, of which no problem is held out."""
+    return sorted(map(int, seed[BASE]["by_level"]))
+
+
 def highest(seed: Seed) -> int:
-    return max(map(int, seed["base"]["by_level"]))
+    return levels(seed)[-1]
+
+
+def lowest(seed: Seed) -> int:
+    return levels(seed)[0]
+
+
+def one_more(seed: Seed) -> int:
+    return highest(seed) + 1
+
+
+def at_level(model: str, level: Number) -> Number:
+    """pass@1 at one of the trained levels."""
+    return lambda seed: seed[model]["by_level"][str(level(seed))]
 
 
 def slope(model: str, kind: str = "all") -> Number:
@@ -35,10 +57,8 @@ def slope(model: str, kind: str = "all") -> Number:
     squares over trained levels."""
 
     def number(seed: Seed) -> float | None:
-        points = [
-            (int(level), seed["measured"][model]["lengths"][level][kind])
-            for level in seed["base"]["by_level"]
-        ]
+        lengths = seed["measured"][model]["lengths"]
+        points = [(level, lengths[str(level)][kind]) for level in levels(seed)]
         if any(tokens is None for _, tokens in points):
             return None
         x, y = (sum(values) / len(points) for values in zip(*points))
@@ -56,16 +76,77 @@ def first(name: str, *run: str) -> Number:
     return lambda seed: ends(at(*run, "log")(seed), name)[0]
 
 
+@dataclass(frozen=True)
+class Share:
+    """A share that was measured, or a difference of several, and the variance of its error."""
+
+    value: float
+    variance: float = 0.0
+
+    def __sub__(self, other: "Share") -> "Share":
+        return Share(self.value - other.value, self.variance + other.variance)
+
+    def __mul__(self, factor: float) -> "Share":
+        return Share(self.value * factor, self.variance * factor**2)
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is above 0 by more than twice its standard error: a row that compares shares
+        is seen in a seed only then.
+
+        The variance is binomial, p (1 - p) / n. A hit and a miss are added to p, so that a share of
+        0 or of 1 has an error too. `n` counts completions where a share is of completions: the
+        problems of a level are about as hard, and so a variance that knew them apart is, by the
+        pass@1 and pass@2 of measured.json, at most a tenth larger for 16 completions of each. `n`
+        counts problems where a number is of all completions of a problem: pass@k, votes. Shares are
+        taken as independent, though models answer the same problems.
+        """
+        return self.value > 2 * math.sqrt(self.variance)
+
+
+def share_of(value: float, n: float) -> Share:
+    p = (value * n + 1) / (n + 2)
+    return Share(value, p * (1 - p) / n)
+
+
+def evaluated(run: str) -> int:
+    """The completions in an evaluation of a run, as study.py plans it."""
+    whole = run in ("main", "rejection sampling", "online rejection sampling")
+    return (Config.eval_problems if whole else FEWER) * Config.eval_samples
+
+
+def completions(seed: Seed) -> int:
+    """Of trained levels, in measured.json."""
+    return problems(seed) * len(levels(seed)) * seed["measured"]["samples"]
+
+
+def problems(seed: Seed) -> int:
+    """Of each level, in measured.json."""
+    return seed["measured"]["problems"]
+
+
+def beats(one: Number, other: Number, n: Number) -> Callable[[Seed], bool]:
+    """Whether a share is clearly above another, both of as many; not where one is unknown."""
+
+    def seen(seed: Seed) -> bool:
+        pair = one(seed), other(seed)
+        return None not in pair and (share_of(pair[0], n(seed)) - share_of(pair[1], n(seed))).clear
+
+    return seen
+
+
 def crossing(above: int) -> Number:
-    """The least k from which on the base model is ahead by a point or more, so many levels above
-    the trained ones; infinity if it never is."""
+    """The least k from which on the base model is clearly ahead, so many levels above the trained
+    ones; infinity if it never is."""
 
     def number(seed: Seed) -> float:
-        base, r1_zero = (
-            seed["measured"][name]["pass@k"][str(highest(seed) + above)] for name in (BASE, R1)
-        )
-        behind = [int(k) for k in base if base[k] < r1_zero[k] + 0.01]
-        return min((int(k) for k in base if int(k) > max(behind, default=0)), default=math.inf)
+        ks = map(int, seed["measured"][BASE]["pass@k"][str(highest(seed) + above)])
+        first = math.inf
+        for k in sorted(ks, reverse=True):
+            if not beats(beyond(BASE, above, k), beyond(R1, above, k), problems)(seed):
+                break
+            first = k
+        return first
 
     return number
 
@@ -90,13 +171,25 @@ def share(model: str, style: str) -> Number:
     return lambda seed: in_style("share", model, "styles", style)(seed) or 0.0
 
 
-def opened(seed: Seed) -> float:
-    """The base model's accuracy when it is helped most."""
-    return max(seed["measured"]["base"]["lenient"], *seed["measured"]["base"]["opened"].values())
+def helped(seed: Seed) -> list[Share]:
+    """What the base model has right where it is helped: read leniently, or its thought opened."""
+    base, opened = seed["measured"][BASE], problems(seed) * len(levels(seed)) * OPENED
+    lenient = share_of(base["lenient"], completions(seed))
+    return [lenient, *(share_of(value, opened) for value in base["opened"].values())]
 
 
 def thinks(run: str, model: str, language: str) -> Number:
-    return at(run, model, "thinks_in", "ko", language)
+    """The share of the Korean questions that are thought through in a language."""
+    return at(run, model, "thinking", f"ko_thinks_in_{language}")
+
+
+def right_in_korean(run: str) -> Number:
+    return at(run, R1, "by_language", "ko")
+
+
+def in_korean(run: str, number: Number, seed: Seed) -> Share:
+    """A share of the completions of a run's Korean questions, which are one half of all."""
+    return share_of(number(seed), evaluated(run) / 2)
 
 
 class Spread:
@@ -148,16 +241,33 @@ def kl_of_a_completion(seed: Seed) -> float:
 
 
 def least_kl(seed: Seed) -> float | None:
-    """The least KL to the base model, in nats, of a policy whose completions are all right, in
-    steps and counted: -ln of the base model's chance of such a completion."""
-    chance = math.prod(
-        in_style(name, BASE, "styles", "steps")(seed) or 0 for name in ("share", "right", "counted")
-    )
-    return -math.log(chance) if chance else None
+    """The least KL to the base model, in nats, of a policy whose completions are all right by the
+    accuracy rule: -ln of the base model's share of such completions, of any style."""
+    right = seed["measured"][BASE]["pass@1"]
+    return -math.log(right) if right else None
 
 
-def gain_at(seed: Seed, which: int) -> float:
-    before, after = (list(seed[model]["by_level"].values())[which] for model in (BASE, R1))
+def least_kl_in_steps(seed: Seed) -> float | None:
+    """The same of a policy whose completions are all right, and all in steps."""
+    factors = ("share", "right", "counted")
+    right = math.prod(in_style(name, BASE, "styles", "steps")(seed) or 0 for name in factors)
+    return -math.log(right) if right else None
+
+
+def goes_no_further(seed: Seed) -> bool:
+    """Whether the KL is at most `least_kl` and twice that bound's standard error, which is the
+    relative error of the share."""
+    least = least_kl(seed)
+    if least is None:
+        return False
+    right = share_of(seed["measured"][BASE]["pass@1"], completions(seed))
+    return kl_of_a_completion(seed) <= least + 2 * math.sqrt(right.variance) / right.value
+
+
+def gain_at(seed: Seed, level: Number) -> Share:
+    """How much more is right at a level after GRPO."""
+    n = evaluated("main") / len(levels(seed))
+    before, after = (share_of(at_level(model, level)(seed), n) for model in (BASE, R1))
     return after - before
 
 
@@ -176,7 +286,9 @@ ROWS = (
             at("measured", BASE, "lenient"),
             at("measured", BASE, "opened", "<think>\n#1"),
         ),
-        lambda seed: seed[R1]["pass@1"] > opened(seed),
+        lambda seed: all(
+            (share_of(seed[R1]["pass@1"], evaluated("main")) - base).clear for base in helped(seed)
+        ),
     ),
     Row(
         "the majority of 16 is better still",
@@ -189,22 +301,30 @@ ROWS = (
             at("measured", BASE, "pass@1"),
             at("measured", R1, "pass@1"),
         ),
-        lambda seed: seed["measured"][R1]["votes"]["16"] > seed["measured"][R1]["pass@1"],
+        lambda seed: (
+            (
+                share_of(seed["measured"][R1]["votes"]["16"], problems(seed) * len(levels(seed)))
+                - share_of(seed["measured"][R1]["pass@1"], completions(seed))
+            ).clear
+        ),
     ),
     Row(
         "hard problems gain more than easy ones",
         "MATH level 5: 55 -> 90 %, level 4: 78 -> 95 %",
-        "the fewest operations: {:%} -> {:%}; the most: {:%} -> {:%}",
-        "one operation more than trained on: {:%} -> {:%}",
+        "level {:d}: {:%} -> {:%}; level {:d}: {:%} -> {:%}",
+        "level {:d}, beyond the trained ones: {:%} -> {:%}",
         (
-            lambda seed: next(iter(seed[BASE]["by_level"].values())),
-            lambda seed: next(iter(seed[R1]["by_level"].values())),
-            lambda seed: list(seed[BASE]["by_level"].values())[-1],
-            lambda seed: list(seed[R1]["by_level"].values())[-1],
+            lowest,
+            at_level(BASE, lowest),
+            at_level(R1, lowest),
+            highest,
+            at_level(BASE, highest),
+            at_level(R1, highest),
+            one_more,
             beyond(BASE, 1, 1),
             beyond(R1, 1, 1),
         ),
-        lambda seed: gain_at(seed, -1) > gain_at(seed, 0) + 0.02,
+        lambda seed: (gain_at(seed, highest) - gain_at(seed, lowest)).clear,
     ),
     Row(
         "GRPO is worth more than its tokens spent otherwise",
@@ -222,7 +342,13 @@ ROWS = (
             millions("online rejection sampling"),
             at("online rejection sampling", "pass@1"),
         ),
-        lambda seed: seed[R1]["pass@1"] > max(seed[name]["pass@1"] for name in CONTROLS),
+        lambda seed: all(
+            (
+                share_of(seed[R1]["pass@1"], evaluated("main"))
+                - share_of(seed[name]["pass@1"], evaluated(name))
+            ).clear
+            for name in CONTROLS
+        ),
     ),
     Row(
         "more than half of the gain is a better style",
@@ -244,28 +370,30 @@ ROWS = (
         lambda seed: seed["measured"]["gain"]["share"] > sum(seed["measured"]["gain"].values()) / 2,
     ),
     Row(
-        "it goes no further from the base than being right takes",
+        "it goes no further from the base than being right takes, in whatever style",
         "-",
-        "KL(R1-Zero, base) of a completion: {:.2f} nats",
-        "the least by which all could be right steps, -ln of the base's share of such: {:.2f}",
-        (kl_of_a_completion, least_kl),
-        lambda seed: kl_of_a_completion(seed) < 1.1 * (least_kl(seed) or 0),
+        "KL(R1-Zero, base) of a completion: {:.2f} nats, compared with the least by which all "
+        "could be right: {:.2f} (-ln of the base's share of right completions)",
+        "the least by which all could be right and in steps: {:.2f}",
+        (kl_of_a_completion, least_kl, least_kl_in_steps),
+        goes_no_further,
     ),
     Row(
         "pass@k: the base overtakes at large k",
         "at k of tens to hundreds (Yue et al.)",
-        "most operations trained on, k = 16: base {:%}, R1-Zero {:%}",
+        "level {:d}, the hardest trained one, k = 16: base {:%}, R1-Zero {:%}",
         "the base is ahead from k on: {:d}",
-        (beyond(BASE, 0, 16), beyond(R1, 0, 16), crossing(0)),
+        (highest, beyond(BASE, 0, 16), beyond(R1, 0, 16), crossing(0)),
         lambda seed: crossing(0)(seed) < math.inf,
     ),
     Row(
         "beyond what was trained on, the base solves more",
         "RL narrows (Yue et al.)",
-        "one operation more, k = 16: base {:%} (by chance {:%}), R1-Zero {:%} (by chance {:%})",
+        "level {:d}, k = 16: base {:%} (by chance {:%}), R1-Zero {:%} (by chance {:%})",
         "right of the base's direct answers: {:%} (by chance {:%}); "
         "of its steps: {:%} (by chance {:%})",
         (
+            one_more,
             beyond(BASE, 1, 16),
             beyond(BASE, 1, 16, CHANCE),
             beyond(R1, 1, 16),
@@ -275,9 +403,9 @@ ROWS = (
             in_style("right", BASE, "styles, one operation more", "steps"),
             in_style("right", BASE, "the same by chance", "steps"),
         ),
-        lambda seed: (
-            beyond(BASE, 1, 16)(seed)
-            > max(beyond(R1, 1, 16)(seed), beyond(BASE, 1, 16, CHANCE)(seed)) + 0.02
+        lambda seed: all(
+            beats(beyond(BASE, 1, 16), other, problems)(seed)
+            for other in (beyond(R1, 1, 16), beyond(BASE, 1, 16, CHANCE))
         ),
     ),
     Row(
@@ -320,7 +448,12 @@ ROWS = (
             at("measured", BASE, "forced checks", "wrong, called wrong"),
             at("measured", BASE, "forced checks", "right, called wrong"),
         ),
-        lambda seed: share(R1, "checked")(seed) > 1.5 * share(BASE, "checked")(seed),
+        lambda seed: (
+            (
+                share_of(share(R1, "checked")(seed), completions(seed))
+                - share_of(share(BASE, "checked")(seed), completions(seed)) * 1.5
+            ).clear
+        ),
     ),
     Row(
         "the language of the thought drifts",
@@ -332,17 +465,19 @@ ROWS = (
             thinks("language", R1, "en"),
             thinks("language_reward", R1, "en"),
         ),
-        lambda seed: thinks("language", R1, "en")(seed) > 0.5,
+        lambda seed: (in_korean("language", thinks("language", R1, "en"), seed) - Share(0.5)).clear,
     ),
     Row(
         "the language reward costs accuracy",
         '"slight"; 5 to 10 points at 3B (Cross-lingual collapse)',
         "right answers to Korean questions: {:%} with it",
         "without: {:%}",
-        (at("language_reward", R1, "by_language", "ko"), at("language", R1, "by_language", "ko")),
+        (right_in_korean("language_reward"), right_in_korean("language")),
         lambda seed: (
-            seed["language_reward"][R1]["by_language"]["ko"]
-            < seed["language"][R1]["by_language"]["ko"] - 0.02
+            (
+                in_korean("language", right_in_korean("language"), seed)
+                - in_korean("language_reward", right_in_korean("language_reward"), seed)
+            ).clear
         ),
     ),
     Row(

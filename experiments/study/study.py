@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data import TASKS, get_tokenizer
 from data.problem import sample_problems, stream
-from data.tokenizer import get_tokenizer
 from experiments.study import collect, pictures, report
 from experiments.study.collect import RESULTS, ROOT
 from experiments.study.measure import finished_run
@@ -52,14 +52,14 @@ class Plan:
 PLANS = {
     "cpu": Plan(
         seeds=3,
-        languages="--languages en,ko --max_level 4 --pretrain_steps 8000",
+        languages="--task chains-en-ko --max_level 4 --pretrain_steps 8000",
         longer=8000,
         rounds=80,
         lanes=min(8, os.cpu_count() or 1),
     ),
     "gpu": Plan(seeds=5, languages="", longer=13600, rounds=150, lanes=5),
 }
-FEWER = "--eval_problems 200"  # where runs are many
+FEWER = f"--eval_problems {report.FEWER}"  # where runs are many
 LEVER_SEEDS = 3
 BAR = "{desc} {n_fmt} of {total_fmt} jobs |{bar:20}| {elapsed}{postfix}"
 
@@ -259,10 +259,11 @@ def ended_run(folder: Path) -> dict:
 
 def tokens_of(config: Config, log: list[dict]) -> int:
     """What a run of GRPO sampled and read: its completions, and a prompt with each."""
-    tokenizer, P, prompts = get_tokenizer(), config.prompts, 0
+    tokenizer, task = get_tokenizer(config.task), TASKS[config.task]
+    P, prompts = config.prompts, 0
     for step in range(config.steps):
         rng = stream(config.seed, "problems", step)  # as train.sample draws them
-        for problem in sample_problems(rng, config.task, config.levels, P, first=step * P):
+        for problem in sample_problems(rng, task, config.levels, P, first=step * P):
             prompts += len(tokenizer.encode(problem.prompt))
     completions = P * sum(record["completion_tokens"] for record in log)
     return round(config.group_size * (prompts + completions))
@@ -308,7 +309,7 @@ def lever_of(folder: Path) -> dict:
     return {
         "held out, step 20": looks.get(20),
         "pass@1": ended["pass@1"],
-        "beyond": ended["beyond"][str(config.max_level + 1)],
+        "beyond": ended["beyond"][str(config.levels[-1] + 1)],
         "completion_tokens": ended["completion_tokens"],
         "base_kl": log[-1]["base_kl"],
         "silent": None if refilled else sum(record["no_signal"] for record in log) / len(log),

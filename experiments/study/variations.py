@@ -1,13 +1,13 @@
 """Runs of train.py's job in which one thing is other than any flag can say: the advantage, the
 reward, the prompts kept.
 
-    BASE=out/cpu-grpo-seed0/base.pt
+    BASE=out/chains-cpu-grpo-seed0/base.pt
     python -m experiments.study.variations mean_only --init $BASE --out out/mean_only
     python -m experiments.study.variations dynamic_sampling --init $BASE --out out/dynamic
     python -m experiments.study.variations paid_by_step --init $BASE --out out/paid_by_step
 
 The flags after the name are train.py's. A run goes on (`--resume`) by the same name only, and with
-the same code: it keeps this package too. To write a variation: a function that gives what
+the same code: it keeps this file too. To write a variation: a function that gives what
 `train.r1_zero` takes beside a configuration and a run, and its name in VARIATIONS. All that a
 reward returns is logged.
 """
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
+from data import get_tokenizer
 from data.problem import Problem
-from data.tokenizer import get_tokenizer
 from grpo import group_advantages
 from kit import flags
 from kit.metrics import Rewards
@@ -37,7 +37,7 @@ MOST_ROUNDS = 8  # rollouts that may be sampled to fill one
 
 def own_reward(config: train.Config) -> train.Reward:
     """The reward of the run without a variation."""
-    return train.rules(rule_weights(config.rewards))
+    return train.rules(rule_weights(config.rewards), get_tokenizer(config.task))
 
 
 # ----------------------------------------------------------------------------------- the advantage
@@ -87,13 +87,14 @@ def refilled(
         rollouts.append(rollout)
     kept = (~signals).int().argsort(stable=True)[: config.prompts]
     rows = (kept[:, None] * config.group_size + torch.arange(config.group_size)).flatten()
-    return [problems[i] for i in kept.tolist()], joined(rollouts, rows), len(rollouts)
+    whole = joined(rollouts, rows, get_tokenizer(config.task).eos_id)
+    return [problems[i] for i in kept.tolist()], whole, len(rollouts)
 
 
-def joined(rollouts: list[Rollout], rows: Tensor) -> Rollout:
+def joined(rollouts: list[Rollout], rows: Tensor, eos_id: int) -> Rollout:
     """These rows of several rollouts, counted through all of them, as one rollout."""
     width = max(rollout.tokens.shape[1] for rollout in rollouts)
-    fill, parts = {"tokens": get_tokenizer().eos_id}, {}
+    fill, parts = {"tokens": eos_id}, {}
     for name in (field.name for field in fields(Rollout)):
         whole = [getattr(rollout, name) for rollout in rollouts]
         if whole[0].dim() == 2:
@@ -119,10 +120,11 @@ def paid_by_right_step(config: train.Config) -> dict:
 
 def paid_for_steps(config: train.Config, where: str) -> train.Reward:
     """The run's own reward and, where this rule is content, so much for each step."""
-    own, rule = own_reward(config), train.rules({where: 1.0})
+    tokenizer = get_tokenizer(config.task)
+    own, rule = own_reward(config), train.rules({where: 1.0}, tokenizer)
 
     def reward(problems: list[Problem], rollout: Rollout, step: int) -> Rewards:
-        texts = decode_completions(rollout, get_tokenizer())
+        texts = decode_completions(rollout, tokenizer)
         steps = torch.tensor([PAID_PER_STEP * text.count("#") for text in texts])
         steps *= rule(problems, rollout, step)["reward"]
         rewards = own(problems, rollout, step)

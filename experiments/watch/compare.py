@@ -1,7 +1,7 @@
 """Two runs side by side: what was set differently, how they ended, and what their logs say.
 
-    python -m experiments.watch.compare out/cpu-grpo-seed0 out/harder
-    python -m experiments.watch.compare out/cpu-grpo-seed0 out/harder --plot compare.png
+    python -m experiments.watch.compare out/chains-cpu-grpo-seed0 out/harder
+    python -m experiments.watch.compare out/chains-cpu-grpo-seed0 out/harder --plot compare.png
 
 --plot needs matplotlib: pip install -r experiments/requirements.txt. A run that is still going, or
 that stopped, is compared as far as its log goes.
@@ -58,6 +58,13 @@ def print_table(title: str, rows: list[tuple[str, object, object]]) -> None:
         print(f"{name:36} {cell(one):>14} {cell(two):>14} {gap:>10}".rstrip())
 
 
+def numbers(metrics: dict) -> dict[str, float]:
+    """The numbers of an evaluation, and those of its parts: "beyond 6", "thinking in_steps"."""
+    parts = [(name, part) for name, part in metrics.items() if isinstance(part, dict)]
+    within = {f"{name} {key}": x for name, part in parts for key, x in part.items()}
+    return {name: x for name, x in (metrics | within).items() if isinstance(x, float)}
+
+
 def print_results(configs: list[dict], one: dict, two: dict) -> None:
     """The evaluations and the times that both runs ended with."""
     for name, what in (("eval_problems", "problems"), ("eval_samples", "completions of each")):
@@ -66,9 +73,9 @@ def print_results(configs: list[dict], one: dict, two: dict) -> None:
             print(f"\nnot evaluated on as many {what}: A on {counts[0]}, B on {counts[1]}")
     for name in one:
         if isinstance(one[name], dict) and name in two:
-            numbers = [key for key in one[name] if isinstance(one[name][key], float)]
+            found, other = numbers(one[name]), numbers(two[name])
             title = name if name == "seconds" else f"{name}, held out"
-            print_table(title, [(key, one[name][key], two[name].get(key)) for key in numbers])
+            print_table(title, [(key, found.get(key), other.get(key)) for key in found | other])
 
 
 def print_comparison(folders: list[Path], runs: list[Run], stage: str) -> None:

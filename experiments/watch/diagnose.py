@@ -1,7 +1,7 @@
 """What the log of a run says about its health, in words: each number, the range it should be in,
 and the knob to turn.
 
-    python -m experiments.watch.diagnose out/cpu-grpo-seed0
+    python -m experiments.watch.diagnose out/chains-cpu-grpo-seed0
 
 A first or last number is a mean over a tenth of the steps (one at least). The ranges are rules of
 thumb, from this project's small runs and the failures that papers report. A verdict says where to
@@ -108,6 +108,21 @@ def distance(records: Records) -> tuple[str, bool]:
     return f"KL to the base model {first:.3f} -> {last:.3f} nats a token", last <= 1.0
 
 
+def thinking(records: Records) -> tuple[str, bool]:
+    """At the looks at held-out problems: a thought that shrinks while answers are right is no
+    longer what makes them so."""
+    right, now_right = ends(records, "held_out_accuracy")
+    before, after = ends(records, "think_tokens")
+    said = f"thoughts {before:.1f} -> {after:.1f} tokens"
+    thinks = after >= max(2, before / 2)
+    if values(records, "in_steps"):
+        before, after = ends(records, "in_steps")
+        said += f", in steps {before:.1%} -> {after:.1%}"
+        thinks = thinks and after >= before / 2
+    healthy = thinks or (now_right - right < 0.02 and now_right < 0.9)
+    return f"{said}, held-out accuracy {right:.2f} -> {now_right:.2f}", healthy
+
+
 CHECKS = (
     Check(
         "numbers",
@@ -150,6 +165,13 @@ CHECKS = (
         length,
         "longer by a quarter at most, unless accuracy rises with it",
         "1/|o| spares long wrong answers: try --variant dr_grpo, and read what fills them",
+    ),
+    Check(
+        "thinking",
+        ("think_tokens", "held_out_accuracy"),
+        thinking,
+        "at least 2 tokens and half of what it was, and half as often in steps, if answers improve",
+        "it is right without a thought: ask harder problems (--min_level, --max_level, --task)",
     ),
     Check(
         "held-out accuracy",

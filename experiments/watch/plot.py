@@ -1,8 +1,8 @@
 """Draw the curves of one run or several from their logs, as a PNG.
 
-    python -m experiments.watch.plot out/cpu-grpo-seed0         # -> out/cpu-grpo-seed0/curves.png
-    python -m experiments.watch.plot out/cpu-grpo-seed* --out seeds.png
-    python -m experiments.watch.plot out/cpu-grpo-seed0 --stage base --curves loss,grad_norm
+    python -m experiments.watch.plot out/chains-cpu-grpo-seed0    # -> curves.png, in this folder
+    python -m experiments.watch.plot out/chains-cpu-grpo-seed* --out seeds.png
+    python -m experiments.watch.plot out/chains-cpu-grpo-seed0 --stage base --curves loss,grad_norm
 
 Needs matplotlib: pip install -r experiments/requirements.txt. A run that is still going, or that
 stopped, is drawn as far as its log goes.
