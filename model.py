@@ -189,7 +189,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int = 0, pieces: Sequence[bytes] | None = None) -> None:
         """Draw each weight by (seed, its name), and each row of the embedding by (seed, its token),
-        given the bytes of each token. So a token more, or a layer, changes no other number."""
+        given the bytes of each token. So a token more changes no other number."""
         rows = {
             "embedding.weight": pieces or range(self.config.vocab_size),
             "position.weight": range(self.config.max_seq_len),

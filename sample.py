@@ -282,12 +282,13 @@ class Talk:
     def __init__(self, path: Path):
         self.path, self.model = path, load_policy(path)
         self.task = TASKS[self.model.config.task]
-        self.levels, self.rewards, scale = self.task.levels, "accuracy=1,format=1", "std"
-        if (path.parent / "config.json").is_file():
-            settings = json.loads((path.parent / "config.json").read_text())
-            self.levels = (settings["min_level"], settings["max_level"])
-            self.rewards, scale = settings["rewards"], VARIANTS[settings["variant"]].scale
-        self.weights, self.scale = rule_weights(self.rewards), scale
+        settings = path.parent / "config.json"
+        settings = json.loads(settings.read_text()) if settings.is_file() else {}
+        least, most = self.task.levels
+        self.levels = settings.get("min_level", least), settings.get("max_level", most)
+        self.rewards = settings.get("rewards", "accuracy=1,format=1")
+        self.variant = settings.get("variant", "grpo")
+        self.program = settings.get("program", "train.py")
 
     def introduce(self) -> str:
         levels = f"levels {self.levels[0]} to {self.levels[1]}"
@@ -320,15 +321,18 @@ class Talk:
 
     def print_group(self, problem: Problem, completions: list[str]) -> None:
         """Each completion with its rewards and its advantage, by the rules of its training."""
-        scores = {
-            name: [RULES[name](text, problem) for text in completions] for name in self.weights
-        }
-        rewards = sum(weight * torch.tensor(scores[name]) for name, weight in self.weights.items())
-        advantages = group_advantages(rewards, len(completions), self.scale).tolist()
+        if self.variant not in VARIANTS:
+            raise ValueError(f"its advantages were of a variant {self.variant}, which is not here")
+        weights, scale = rule_weights(self.rewards), VARIANTS[self.variant].scale
+        scores = {name: [RULES[name](text, problem) for text in completions] for name in weights}
+        rewards = sum(weight * torch.tensor(scores[name]) for name, weight in weights.items())
+        advantages = group_advantages(rewards, len(completions), scale).tolist()
         for i, completion in enumerate(completions):
             shown = "  ".join(f"{name} {values[i]:g}" for name, values in scores.items())
             print(f"\n--- {shown}  advantage {advantages[i]:+.2f}\n{completion}")
         print(f"\nrewarded for {self.rewards}; a right answer is {problem.answer}")
+        if self.program != "train.py":
+            print(f"(trained by {self.program}, whose rewards and advantages may be its own)")
 
 
 def check_flags(flags: argparse.Namespace) -> None:
@@ -350,14 +354,13 @@ def converse(talk: Talk, flags: argparse.Namespace) -> None:
     for count in itertools.count():
         try:
             line = input("\n> ").strip()
+            if line in ("", "quit", "exit"):
+                return
+            seed = count if flags.seed is None else flags.seed
+            talk.ask(talk.task.parse(line), flags.n, flags.temperature, seed)
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if line in ("", "quit", "exit"):
-            return
-        try:
-            seed = count if flags.seed is None else flags.seed
-            talk.ask(talk.task.parse(line), flags.n, flags.temperature, seed)
         except ValueError as error:
             print(error)
 

@@ -2,7 +2,7 @@
 rule-based rewards alone.
 
     python train.py                          # the whole job: base model, GRPO, evaluation of both
-    python train.py --preset tiny            # the same in a minute, on an easier task
+    python train.py --preset tiny            # the same on shorter chains, in about a minute
     python train.py --init out/RUN/base.pt   # GRPO from a base model that is there already
     python train.py --resume out/RUN         # go on with a run that was stopped
     python train.py --help                   # every knob
@@ -73,7 +73,7 @@ class Config:
     seed: int = 0  # of the weights, the documents, the problems and the sampling
     out: str = ""  # its folder, a new one; default out/<task>-<preset>-<variant>-seed<seed>
     init: str = ""  # a base model to start GRPO from, instead of pretraining one
-    resume: str = ""  # folder of a stopped run to go on with; its settings hold, but for --device
+    resume: str = ""  # folder of a stopped run to go on with, by its settings; but for --device
     device: str = "cpu"  # a torch device; default cuda where there is one, else cpu
     dtype: str = "float32"  # of matrix products; weights stay float32
     threads: int = 1  # CPU threads; a second one makes products this small slower
@@ -118,7 +118,7 @@ class Config:
         **{"preset": ["gpu", "cpu", "tiny"], "dtype": ["float32", "bfloat16"]},
         **{"task": TASKS, "variant": list(VARIANTS), "kl": list(KL_ESTIMATORS)},
     }
-    RANGES: ClassVar = {  # the least and the most; of others 1 to 2^31, or 0 to 1e30 for floats
+    RANGES: ClassVar = {  # a field that is not here: from 1 to 2^31 - 1, a float from 0 to 1e30
         **{"seed": (0, 2**63 - 1), "threads": (1, 1024), "reference_every": (0, 2**31 - 1)},
         **dict.fromkeys(("min_level", "max_level"), (0, MAX_STEP - BEYOND)),
         **{"max_seq_len": (48, 2**31 - 1), "eval_samples": (8, 2**31 - 1)},
@@ -161,7 +161,7 @@ class Config:
 
     @property
     def in_bfloat16(self) -> bool:
-        """Whether matrix products are: where it was asked for, and the device is fast at it."""
+        """Whether matrix products are in bfloat16: asked for, and in the device's hardware."""
         return self.dtype == "bfloat16" and multiplies_in_bfloat16(self.device)
 
     def filled(self) -> "Config":
@@ -180,8 +180,9 @@ PRESETS = {
         **{"steps": 150, "prompts": 128, "group_size": 16, "lr": 3e-4, "micro_batch": 512},
     },
     "tiny": {
-        **{"max_level": 2, "n_layer": 2, "d_ff": 128, "pretrain_steps": 1500},
-        **{"steps": 50, "prompts": 32, "eval_problems": 100},
+        **{"max_level": 3, "n_layer": 2, "d_ff": 128, "pretrain_steps": 3000},
+        **{"pretrain_tokens": 320, "steps": 50, "prompts": 32},
+        **{"eval_problems": 100, "eval_samples": 8},
     },
 }
 
@@ -266,7 +267,10 @@ def rules(weights: dict[str, float], tokenizer: Tokenizer) -> Reward:
         texts = decode_completions(rollout, tokenizer)
         G = len(texts) // len(problems)
         pairs = [(text, problems[row // G]) for row, text in enumerate(texts)]
-        parts = {name: torch.tensor([RULES[name](*pair) for pair in pairs]) for name in weights}
+        parts = {
+            name: torch.tensor([RULES[name](*pair) for pair in pairs], dtype=torch.float32)
+            for name in weights
+        }
         return {"reward": sum(weight * parts[name] for name, weight in weights.items()), **parts}
 
     return reward
@@ -342,6 +346,9 @@ def loss_inputs(
     A row without an advantage adds exactly nothing to the gradient, unless there is a KL. Such a
     row does not go through the model.
     """
+    if advantages.shape not in (rollout.mask.shape[:1], rollout.mask.shape):
+        found, wanted = tuple(advantages.shape), tuple(rollout.mask.shape)
+        raise ValueError(f"advantages must be (B,) or (B, T), {wanted}, not {found}")
     if advantages.dim() == 1:
         advantages = advantages[:, None].expand(rollout.mask.shape)  # the same for every token
     inputs = {"advantages": advantages.to(config.device) * rollout.mask, "mask": rollout.mask}
@@ -510,9 +517,9 @@ def r1_zero(config: Config, run: Run, reward: Reward | None = None, **hooks) -> 
     said, shown = compare_samples(models, problems, *limits)
     run.write("samples.txt", said)
     run.finish({"device": config.device, "seed": config.seed, "base": before, "r1_zero": after})
-    print(f"\n{shown}\n\n{table(before, after)}\n\n{run.times()} -> {run.folder}/")
-    print(f"next: python sample.py --checkpoint {run.folder}/r1_zero.pt     # talk to it")
-    print(f"      python -m experiments.watch.diagnose {run.folder}        # what its log says")
+    print(f"\n{shown}\n\n{table(before, after)}\n\n{run.times()}\n{run.folder}/ has it all. Next:")
+    print(f"  python sample.py --checkpoint {run.folder}/r1_zero.pt")
+    print(f"  python -m experiments.watch.diagnose {run.folder}")
 
 
 def base_model(config: Config, run: Run) -> Transformer:
@@ -527,7 +534,7 @@ def base_model(config: Config, run: Run) -> Transformer:
     words = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
     model = Transformer(ModelConfig(**words, **shape, task=config.task))
     model.init_weights(config.seed, tokenizer.pieces)
-    if config.init and not config.resume:
+    if config.init and "base" not in run.ended:  # else it lies in the run's own folder
         model = load_policy(config.init)
         if model.config.task != config.task:
             raise ValueError(f"{config.init} learned another task: add --task {model.config.task}")

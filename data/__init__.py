@@ -6,14 +6,15 @@ A task is a row of TASKS: a frozen dataclass whose fields are its settings, with
     levels, languages                                   what is asked unless somebody says otherwise
     words                                               its vocabulary, beside numbers and tags
     problem(rng, level, *, language, held_out) -> Problem
-    document(rng, levels, room) -> Document             of at most `room` tokens, unless `longest`
+    document(rng, levels, room) -> Document             no longer than `longest` or `room`
     longest(level) -> Document                          as long as a document of this level can be
     is_right(problem, given) -> bool | None             None where there is no rule
     parse(text) -> Problem                              raises ValueError, in one line
     outside(problem, levels) -> str                     what of it no training at these levels had
     measures(problem, completion) -> {name: float}      how it thinks
 
-Every level from 1 to four beyond `levels` needs problems in both splits: evaluation asks for them.
+`problem` is asked for both splits of the trained levels, and for held-out problems of level 1 and
+of the four levels beyond. `is_right` is asked about any text, the empty one too, and never raises.
 data/chains.py is the task to read, or to copy.
 """
 

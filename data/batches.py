@@ -19,8 +19,8 @@ Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
 def cut_pool(rows: list[Row], pad_id: int, rng: random.Random) -> list[Batch]:
-    """The batches of a pool, of as many tokens each. Sorting by length leaves little padding; the
-    batches come in random order."""
+    """Cut a pool into batches of about equal numbers of tokens. Sorting by length leaves little
+    padding; the batches come in random order."""
     rows = sorted(rows, key=lambda row: len(row[1]))
     batches, count = [[] for _ in range(BATCHES_PER_POOL)], 0
     tokens = sum(len(ids) for _, ids in rows)

@@ -40,8 +40,8 @@ def document_batches(
 
 
 def check_room(task: str, level: int, hardest: int, room: int, max_new_tokens: int) -> None:
-    """Raise ValueError, in one line, where a document of the level, or a prompt of the hardest
-    level and its completion, may not fit a context of `room` tokens."""
+    """Raise ValueError, in one line, where the longest document of the level, or the longest prompt
+    of the hardest level with `max_new_tokens` more, exceeds a context of `room` tokens."""
     tokenizer = get_tokenizer(task)
     _, written = encode_document(TASKS[task].longest(level), tokenizer)
     prompt, _ = encode_document(TASKS[task].longest(hardest), tokenizer)

@@ -103,7 +103,7 @@ def evaluate(
 ) -> dict:
     """The metrics of a model on held-out problems, at temperature 1 but for "greedy": means over
     `problems` problems of these levels, `samples` completions of each, of at most `limit` tokens.
-    Two are told apart, as pass@1 alone: level 1, and the levels "beyond" these."""
+    Level 1 ("apart") and the four levels "beyond" these are told on their own, by pass@1 only."""
     beyond = range(levels[-1] + 1, levels[-1] + 1 + BEYOND)
     apart = {"apart": [1] if 1 in levels else [], "beyond": beyond}
 
@@ -152,8 +152,8 @@ def evaluate(
 def compare_samples(
     models: dict[str, Transformer], problems: list[Problem], limit: int, seed: int
 ) -> tuple[str, str]:
-    """What each model says to the same problems, as text; and of it the first problem that the
-    first model gets wrong and the last model right. If there is none, the first."""
+    """Two texts: what each model says to every problem, and the same for one of them. That is the
+    first problem that the first model gets wrong and the last model right, else the first."""
     seed = stream(seed, "noise of the samples").getrandbits(63)
     said = {
         name: answer_problems(model, problems, 1, limit=limit, seed=seed)

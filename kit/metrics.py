@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data import TASKS
 from data.problem import Problem
 from data.tokenizer import Tokenizer
 from sample import Rollout
@@ -112,6 +113,10 @@ def told(
         advantages if advantages.dim() == 2 else advantages[:, None].expand(rollout.mask.shape)
     )
 
+    def text(row: int) -> str:
+        end = rollout.ends[row] - int(rollout.finished[row])
+        return tokenizer.decode(rollout.tokens[row, rollout.starts[row] : end].tolist())
+
     def completion(row: int) -> dict:
         said = slice(rollout.starts[row], rollout.ends[row])
         return {
@@ -119,6 +124,7 @@ def told(
             "logps": [round(x, 4) for x in rollout.logps[row, said].tolist()],
             "entropy": [round(x, 4) for x in rollout.entropy[row, said].tolist()],
             "rewards": {name: round(values[row].item(), 4) for name, values in rewards.items()},
+            "measures": TASKS[problems[row // G].task].measures(problems[row // G], text(row)),
             "advantage": [round(x, 4) for x in by_token[row, said].tolist()],
         }
 

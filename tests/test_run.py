@@ -135,6 +135,22 @@ def test_a_run_from_a_base_model_needs_it_only_once(whole, tmp_path, monkeypatch
 # ---------------------------------------------------------------------------------- what a stage is
 
 
+def test_a_run_stopped_before_base_pt_is_written_has_its_base_all_the_same(
+    whole, tmp_path, monkeypatch
+):
+    """A full disk at the first moment: --init's model is read again, and no random one taken."""
+
+    def full(path, model):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kit.run, "save_model", full)
+        with pytest.raises(SystemExit, match="cannot be written"):
+            train.main([*FLAGS, f"--init={whole / 'base.pt'}", f"--out={tmp_path / 'run'}"])
+    train.main(["--resume", str(tmp_path / "run")])
+    assert weights_hash(tmp_path / "run" / "base.pt") == weights_hash(whole / "base.pt")
+
+
 def config_for(folder, *more):
     arguments = more or [*FLAGS, f"--out={folder}"]
     return flags.parse(train.Config, train.PRESETS, arguments, "", "train.py")

@@ -88,6 +88,16 @@ def test_a_completion_is_scored_against_its_own_problem():
     assert rewards["reward"].tolist() == [2.5, 0.5, 0, 2.5, 2.5, 0.5]
 
 
+def test_a_rule_may_count(monkeypatch):
+    """Whole numbers, or True and False, are rewards like any other."""
+    monkeypatch.setitem(train.RULES, "waits", lambda text, problem: text.count("wait"))
+    monkeypatch.setitem(train.RULES, "short", lambda text, problem: len(text) < 9)
+    problems = [CHAINS.ask("1 + 2 + 3")]
+    rollout = rollout_of(problems, [" wait wait", " 3"])
+    rewards = rules({"waits": 1.0, "short": 2.0}, tokenizer)(problems, rollout, 0)
+    assert rewards["reward"].tolist() == [2.0, 2.0] and rewards["short"].tolist() == [0.0, 1.0]
+
+
 def test_the_language_rule_is_about_the_questions_language():
     """A rule of weight 0 is logged and pays nothing; a rule that is not named is not there."""
     chains = TASKS["chains-en-ko"]
@@ -470,6 +480,11 @@ def test_rewards_and_rollouts_of_another_shape_are_refused():
     def fewer(config, policy, step):
         return train.sample(replace(config, group_size=2), policy, step)
 
+    with pytest.raises(
+        ValueError, match=r"advantages must be \(B,\) or \(B, T\), \(16, \d+\), not"
+    ):
+        run_grpo(SMALL, by_length, advantage=lambda config, rewards, rollout: torch.ones(16, 1))
+
     with pytest.raises(ValueError, match=r"the rollout must have 16 rows, P \* G, not 8"):
         run_grpo(SMALL, by_length, sample=fewer)
 
@@ -568,6 +583,7 @@ def test_a_look_tells_accuracy_and_kl_at_temperature_1(temperature):
         expected = [advantages[row].item()] * len(ids)
         assert each["advantage"] == pytest.approx(expected, abs=1e-4)
     assert len(told) == 3 * config.group_size
+    assert all(set(each["measures"]) == {"in_steps"} for each in told)
 
 
 def test_captured_sampling_enters_as_an_argument_and_changes_no_step():
@@ -689,10 +705,13 @@ def test_the_gpu_preset_runs_on_a_cpu(tmp_path, capsys):
     assert 3e6 < sum(weight.numel() for weight in weights) < 6e6
 
 
+TINY = ["--preset=tiny", "--max_level=2", "--pretrain_steps=1500", "--pretrain_tokens=512"]
+
+
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [sys.executable, "train.py", "--preset", "tiny", "--out", str(folder)]
+    command = [sys.executable, "train.py", *TINY, "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return folder, done.stdout
 
@@ -724,7 +743,7 @@ def test_reward_does_not_rise_with_shuffled_advantages(tiny_run, tmp_path):
         return train.outcome_advantages(config, rewards, rollout)[order]
 
     folder = tmp_path / "control"
-    config = parsed(["--preset=tiny", f"--init={tiny_run[0] / 'base.pt'}", f"--out={folder}"])
+    config = parsed([*TINY, f"--init={tiny_run[0] / 'base.pt'}", f"--out={folder}"])
     with open_run(config, "train.py") as run:
         train.r1_zero(config, run, advantage=shuffled)
     records = grpo_records(folder)
@@ -748,8 +767,7 @@ def test_the_run_folder_holds_what_it_should(tiny_run):
     settings = json.loads((folder / "config.json").read_text())
     assert settings.pop("program") == "train.py"
     config = Config(**settings)
-    expected = Config(**train.PRESETS["tiny"], preset="tiny", out=str(folder)).filled()
-    assert config == expected
+    assert config == parsed([*TINY, "--out", str(folder)])
     assert asdict(load_model(folder / "r1_zero.pt").config)["d_model"] == config.d_model
     looks = [json.loads(line) for line in (folder / "looks.jsonl").read_text().splitlines()]
     assert [look["step"] for look in looks] == [10, 20, 30, 40, 50]
@@ -774,7 +792,9 @@ def test_the_run_ends_with_a_table_and_one_problem(tiny_run):
     said = (folder / "samples.txt").read_text()
     block = shown.partition("gets wrong and the trained model right:\n\n")[2].partition("\n\n")[0]
     assert block in said and "[base: accuracy 0" in block and "[R1-Zero: accuracy 1" in block
-    assert f"python sample.py --checkpoint {folder}/r1_zero.pt" in shown
+    assert f"  python sample.py --checkpoint {folder}/r1_zero.pt\n" in shown
+    lines = [line.replace(str(folder), "out/chains-cpu-grpo-seed0") for line in shown.splitlines()]
+    assert max(map(len, lines)) <= 80
     right = [said.count(f"[{name}: accuracy 1") for name in ("base", "R1-Zero")]
     assert right[0] < right[1]
 

@@ -71,9 +71,11 @@ TABLES = {
         },
     ),
     "language": Table(
-        "python train.py --preset cpu --task chains-en-ko --max_level 4 --pretrain_steps 8000 "
+        "python train.py --preset cpu --task chains-en-ko --min_level 2 --max_level 4 --pretrain_steps 8000 "
         "--eval_problems 200 --seed SEED --init BASE",
-        Config(task="chains-en-ko", max_level=4, pretrain_steps=8000, eval_problems=200),
+        Config(
+            task="chains-en-ko", min_level=2, max_level=4, pretrain_steps=8000, eval_problems=200
+        ),
         ("rewards", "init"),
         {
             "base model": at("base"),

@@ -52,7 +52,7 @@ class Plan:
 PLANS = {
     "cpu": Plan(
         seeds=3,
-        languages="--task chains-en-ko --max_level 4 --pretrain_steps 8000",
+        languages="--task chains-en-ko --min_level 2 --max_level 4 --pretrain_steps 8000",
         longer=8000,
         rounds=80,
         lanes=min(8, os.cpu_count() or 1),
