@@ -71,8 +71,8 @@ TABLES = {
         },
     ),
     "language": Table(
-        "python train.py --preset cpu --task chains-en-ko --min_level 2 --max_level 4 --pretrain_steps 8000 "
-        "--eval_problems 200 --seed SEED --init BASE",
+        "python train.py --preset cpu --task chains-en-ko --min_level 2 --max_level 4 "
+        "--pretrain_steps 8000 --eval_problems 200 --seed SEED --init BASE",
         Config(
             task="chains-en-ko", min_level=2, max_level=4, pretrain_steps=8000, eval_problems=200
         ),
