@@ -21,6 +21,18 @@ COMMENTED = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)
 MOST = {int: 2**31 - 1, float: 1e30}  # of a number without a range of its own; the least is 1 or 0
 
 
+def command_line(description: str, program: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help begins with the description as it stands, and whose errors are one
+    line."""
+    return argparse.ArgumentParser(
+        prog=program,
+        usage=argparse.SUPPRESS,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def refuse(program: str, reason: str) -> NoReturn:
     """End the program, as argparse does, with one line and status 2."""
     print(f"{program}: error: {reason}", file=sys.stderr)
@@ -32,13 +44,7 @@ def parse(
 ):
     """The configuration that a command line asks for: the preset's values, then the flags over
     them; with --resume, the settings of that run. What is wrong ends the program with one line."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        usage=argparse.SUPPRESS,  # an error is then one line
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(description, program)
     helps = {name: text for base in Config.__mro__[-2::-1] for name, text in comments(base)}
     for field in fields(Config):
         choices = Config.CHOICES.get(field.name)

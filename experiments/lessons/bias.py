@@ -9,7 +9,6 @@ finite sum, and the expected gradient of a loss is exact. The losses are the fun
 called on each group that could be sampled.
 """
 
-import argparse
 import math
 import sys
 from collections import Counter
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from experiments.watch.plot import check_picture
 from grpo import ADVANTAGES, KL_ESTIMATORS, VARIANTS, group_advantages, policy_loss
+from kit.flags import command_line
 
 # -------------------------------------------------------------------------------- the tiny policy
 
@@ -302,11 +302,7 @@ def plot(path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--group_size", type=int, default=2, choices=(2, 3), help="outputs of a group [2]")
     add("--plot", metavar="FILE", type=Path, help="draw a picture, as a PNG")

@@ -38,6 +38,7 @@ from data import TASKS, get_tokenizer
 from data.problem import sample_problems, stream
 from experiments.study import collect
 from kit.captured import CapturedDecoder
+from kit.flags import command_line
 from model import ROTARY_BASE, ModelConfig, Transformer
 from sample import generate
 
@@ -446,11 +447,7 @@ def table(results: list[dict]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("job", choices=["sample", "step", "table"])
     add("--shape", choices=SHAPES, default="1M")

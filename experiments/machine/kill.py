@@ -8,7 +8,6 @@ It trains a very small model. The runs that are harmed save after each step, so 
 into the writing of a file; the run that is left alone never saves in the middle of a stage.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from kit.flags import command_line
 from kit.run import ROOT
 from model import load_model, load_tensors
 
@@ -195,11 +195,7 @@ def last_words(run: subprocess.Popen) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--kills", type=int, default=100, help="how often, at least 1 [100]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
     args = parser.parse_args(arguments)

@@ -7,7 +7,6 @@ Each generated table stands between two comments, and this command alone writes 
 the two.
 """
 
-import argparse
 import functools
 import json
 import platform
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from kit.flags import command_line
 from rewards import rule_weights
 from train import Config
 
@@ -165,11 +165,7 @@ def read_run(folder: Path, table: Table) -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     parser.add_argument("table", choices=TABLES, help="which of the README's tables")
     parser.add_argument("run", nargs="+", type=Path, help="folder of a finished run")
     args = parser.parse_args(arguments)

@@ -8,7 +8,6 @@ of its own steps. Then the base model helped to a thought, and checks of steps t
 it. It reads the thoughts of the chains, in any of their languages, and of no other task.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -27,7 +26,7 @@ from data.chains import APPLY, Chains
 from data.languages import LANGUAGES
 from data.problem import Problem, stream
 from kit.evaluate import BEYOND, Answers, grade, held_out_problems, majority_is_right, pass_at_k
-from kit.flags import saved_config
+from kit.flags import command_line, saved_config
 from kit.run import set_up
 from model import Transformer, write_whole
 from rewards import accuracy_reward, extract_answer
@@ -328,11 +327,7 @@ def finished_run(folder: Path) -> Config:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("run", type=Path, help="folder of a run that has ended")
     text = f"held-out problems of each level [{PROBLEMS}]"

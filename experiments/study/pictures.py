@@ -5,7 +5,6 @@
 Needs matplotlib: pip install -r experiments/requirements.txt.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from experiments.study import report
 from experiments.study.collect import RESULTS, at
 from experiments.watch.plot import check_picture
+from kit.flags import command_line
 
 BASE, GRPO, DR_GRPO, OTHER, HACK = "tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red"
 CHANCE = "tab:cyan"
@@ -184,11 +184,7 @@ PICTURES = {  # by name: results, and the part of them, that it is drawn from; h
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     text = "of the results, and of the pictures [experiments/results]"
     parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help=text)
     folder = parser.parse_args(arguments).folder

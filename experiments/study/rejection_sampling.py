@@ -11,7 +11,6 @@ trains on as many tokens as it has sampled (prompts included), however few it ha
 RUN/rejection_sampling_ROUNDS.json.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from data.problem import Problem, stream
 from experiments.study.measure import finished_run
 from grpo import token_logps
 from kit.evaluate import evaluate
+from kit.flags import command_line
 from kit.run import set_up
 from model import Transformer, write_whole
 from sample import Rollout, load_policy, tokenizer_of
@@ -93,11 +93,7 @@ def rejection_sampling(
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("run", type=Path, help="folder of a run that has ended")
     add("--rounds", type=int, default=1, help="of sampling and then training [1]")

@@ -11,7 +11,6 @@ preset go to experiments/results and into the README, the results of the gpu pre
 experiments/results/gpu.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -35,6 +34,7 @@ from experiments.study.collect import RESULTS, ROOT
 from experiments.study.measure import finished_run
 from experiments.watch import diagnose
 from experiments.watch.plot import check_picture, read_log
+from kit.flags import command_line
 from train import Config
 
 
@@ -368,11 +368,7 @@ def write_results(folder: Path, preset: str, results: Path, quick: bool) -> None
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--preset", choices=PLANS, default="cpu", help="of the runs [cpu]")
     add("--quick", action="store_true", help="the phenomena alone")

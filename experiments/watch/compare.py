@@ -7,12 +7,12 @@
 that stopped, is compared as far as its log goes.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from experiments.watch.plot import add_stage, check_picture, choose_curves, draw_curves, read_log
+from kit.flags import command_line
 
 LAST = 10  # lines of the log
 
@@ -101,11 +101,7 @@ def print_comparison(folders: list[Path], runs: list[Run], stage: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     parser.add_argument("run", nargs=2, type=Path, help="folder of a run")
     add_stage(parser)
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw their curves, as a PNG")

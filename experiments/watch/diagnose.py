@@ -8,7 +8,6 @@ thumb, from this project's small runs and the failures that papers report. A ver
 look, not what must be so.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.watch.plot import STAGE, add_stage, read_log
+from kit.flags import command_line
 
 Records = list[dict]  # the lines of a stage of GRPO
 
@@ -222,11 +222,7 @@ def read_run(folder: Path, stage: str = STAGE) -> Records:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     parser.add_argument("run", type=Path, help="folder of a run, finished or not")
     add_stage(parser)
     args = parser.parse_args(arguments)

@@ -15,6 +15,8 @@ import math
 import sys
 from pathlib import Path
 
+from kit.flags import command_line
+
 STAGE = "r1_zero"
 CURVES = {  # by stage; of another stage, those of all these that its log has
     "r1_zero": "accuracy,held_out_accuracy,completion_tokens,entropy,no_signal,grad_norm",
@@ -99,11 +101,7 @@ def draw_curves(path: Path, logs: dict[str, list[dict]], curves: list[str]) -> N
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("run", nargs="+", type=Path, help="folder of a run")
     add("--out", metavar="FILE", type=Path, help="the picture [curves.png in the first folder]")
