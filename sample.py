@@ -136,45 +136,46 @@ def draw(
     return sampled
 
 
-def prefill(
-    model: Transformer,
-    cache: KVCache,
-    prompts: list[list[int]],
-    rollout: Rollout,
-    noise: Tensor,
-    temperature: float,
-    eos_id: int,
-) -> Tensor:
+@dataclass
+class Generation:
+    """A rollout under way, and what each of its steps needs."""
+
+    model: Transformer
+    cache: KVCache
+    rollout: Rollout
+    noise: Tensor  # (B, T)
+    temperature: float
+    eos_id: int
+
+    def draw(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """Sample the next token of these rows (N,), which are the rows of the cache."""
+        how = (self.temperature, self.eos_id)
+        return draw(self.rollout, self.noise, rows, self.cache.lengths, logits, *how)
+
+
+def prefill(generation: Generation, prompts: list[list[int]]) -> Tensor:
     """Read the prompts into the cache, each once for all G of its rows, and sample the first token
     of every row. Returns these tokens (B,)."""
+    cache, rollout, eos_id = generation.cache, generation.rollout, generation.eos_id
     device, P, B = rollout.tokens.device, len(prompts), len(rollout.tokens)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     padded = [prompt + [eos_id] * (longest - len(prompt)) for prompt in prompts]
     padded = torch.tensor(padded, device=device)  # (P, longest)
     cache.lengths = torch.zeros_like(lengths)  # P rows, until each is copied G times
-    logits = model(padded, cache, first=shortest - 1)  # (P, longest - shortest + 1, V)
+    logits = generation.model(padded, cache, first=shortest - 1)  # (P, longest - shortest + 1, V)
     logits = logits[torch.arange(P, device=device), lengths - shortest]  # (P, V)
     cache.lengths = lengths  # the next token overwrites the padding
     group = torch.arange(P, device=device).repeat_interleave(B // P)
     cache.select(group)
     rollout.tokens[:, :longest] = padded[group]
-    rows = torch.arange(B, device=device)
-    return draw(rollout, noise, rows, cache.lengths, logits[group], temperature, eos_id)
+    return generation.draw(torch.arange(B, device=device), logits[group])
 
 
-def decode(
-    model: Transformer,
-    cache: KVCache,
-    rollout: Rollout,
-    noise: Tensor,
-    sampled: Tensor,
-    steps: int,
-    temperature: float,
-    eos_id: int,
-) -> None:
+def decode(generation: Generation, sampled: Tensor, steps: int) -> None:
     """Continue a rollout (B, T), whose last tokens are `sampled` (B,), by up to `steps` tokens, in
     place."""
+    cache, rollout = generation.cache, generation.rollout
     rows = torch.arange(len(sampled), device=sampled.device)  # the rows still in the batch
     for step in range(1, steps + 1):
         # Finished rows ride along until they are dropped: a look at every token would stall a GPU.
@@ -185,8 +186,8 @@ def decode(
             if len(kept) < WORTH_COMPACTING * len(rows):
                 rows, sampled = rows[kept], sampled[kept]
                 cache.select(kept)
-        logits = model(sampled[:, None], cache)[:, 0]
-        sampled = draw(rollout, noise, rows, cache.lengths, logits, temperature, eos_id)
+        logits = generation.model(sampled[:, None], cache)[:, 0]
+        sampled = generation.draw(rows, logits)
 
 
 @torch.no_grad()
@@ -222,9 +223,9 @@ def generate(
     cache, rollout = new_cache(model, B, T), empty_rollout(B, T, eos_id, device)
     rows, positions = torch.arange(B, device=device), torch.arange(T, device=device)
     noise = uniform(seed, first_row + rows[:, None], positions)  # (B, T)
-    how = {"temperature": temperature, "eos_id": eos_id}
-    sampled = prefill(model, cache, prompts, rollout, noise, **how)
-    decode(model, cache, rollout, noise, sampled, max_new_tokens - 1, **how)
+    generation = Generation(model, cache, rollout, noise, temperature, eos_id)
+    sampled = prefill(generation, prompts)
+    decode(generation, sampled, max_new_tokens - 1)
     width = int(rollout.mask.any(dim=0).nonzero().max()) + 1
     wide = (rollout.tokens, rollout.mask, rollout.logps, rollout.entropy)
     return Rollout(*(x[:, :width] for x in wide), rollout.finished)

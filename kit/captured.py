@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model import KVCache, Transformer
-from sample import Rollout, draw, empty_rollout, generate, new_cache
+from sample import Generation, Rollout, draw, empty_rollout, generate, new_cache
 
 LOOK_EVERY = 16  # tokens between two looks: these steps are so short that a look costs several
 FEWEST_ROWS = 64  # the smallest batch that has graphs: fewer rows would take as long
@@ -65,18 +65,9 @@ class CapturedDecoder:
             raise ValueError(f"{rows} rows of {positions} positions do not fit {limits}")
         return self.cache.first(rows, 0)
 
-    def decode(
-        self,
-        model: Transformer,
-        cache: KVCache,
-        rollout: Rollout,
-        noise: Tensor,
-        sampled: Tensor,
-        steps: int,
-        temperature: float,
-        eos_id: int,
-    ) -> None:
+    def decode(self, generation: Generation, sampled: Tensor, steps: int) -> None:
         """As `sample.decode`, for the cache that `first_rows` gave."""
+        cache, rollout, noise = generation.cache, generation.rollout, generation.noise
         self.rollout.finished.fill_(True)  # rows that this rollout does not have are never read
         self.cache.lengths.zero_()
         self.rows.copy_(torch.arange(len(self.rows), device=self.device))
@@ -85,7 +76,7 @@ class CapturedDecoder:
         others = [(self.cache.lengths, cache.lengths), (self.noise, noise), (self.current, sampled)]
         for mine, given in (*results, *others):
             corner(mine, given).copy_(given)
-        size = self.sizes[0]
+        size, constants = self.sizes[0], (generation.temperature, generation.eos_id)
         for step in range(steps):
             filled = cache.filled + step
             if step % LOOK_EVERY == 0:
@@ -93,7 +84,7 @@ class CapturedDecoder:
                 if size == 0:
                     break
             filled = math.ceil((filled + 1) / FILLED_EVERY) * FILLED_EVERY
-            self.replay(size, min(filled, self.positions), temperature, eos_id)
+            self.replay(size, min(filled, self.positions), *constants)
         for mine, given in results:
             given.copy_(corner(mine, given))
 
