@@ -181,7 +181,7 @@ PRESETS = {
     },
     "tiny": {
         **{"max_level": 3, "n_layer": 2, "d_ff": 128, "pretrain_steps": 3000},
-        **{"pretrain_tokens": 320, "steps": 50, "prompts": 32},
+        **{"pretrain_tokens": 320, "steps": 60, "prompts": 32},
         **{"eval_problems": 100, "eval_samples": 8},
     },
 }

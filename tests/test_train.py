@@ -705,7 +705,13 @@ def test_the_gpu_preset_runs_on_a_cpu(tmp_path, capsys):
     assert 3e6 < sum(weight.numel() for weight in weights) < 6e6
 
 
-TINY = ["--preset=tiny", "--max_level=2", "--pretrain_steps=1500", "--pretrain_tokens=512"]
+TINY = [
+    "--preset=tiny",
+    "--max_level=2",
+    "--pretrain_steps=1500",
+    "--pretrain_tokens=512",
+    "--steps=50",
+]
 
 
 @pytest.fixture(scope="module")
