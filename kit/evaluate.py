@@ -170,9 +170,9 @@ def compare_samples(
         blocks.append("\n".join(lines))
         if best is None and not right[0] and right[-1]:
             best = i
-    which = "the first held-out problem"
+    which = "first held-out problem"
     which += (
-        " that the base model gets wrong and the trained model right" if best is not None else ""
+        " that the base gets wrong and the trained model right" if best is not None else ""
     )
     return "\n\n".join(blocks) + "\n", f"{which}:\n\n{blocks[best or 0]}"
 

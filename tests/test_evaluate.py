@@ -143,7 +143,7 @@ def test_each_model_stands_under_its_own_name(monkeypatch):
     assert "gets wrong and the trained model right" in shown
     assert said.count("[base: ") == said.count("[R1-Zero: ") == 2
     _, shown = compare_samples({"base": "good", "R1-Zero": "good"}, problems, 9, 0)
-    assert shown.startswith("the first held-out problem:\n\nUser: what is 1 plus 2 plus 3?")
+    assert shown.startswith("first held-out problem:\n\nUser: what is 1 plus 2 plus 3?")
 
 
 def test_another_seed_evaluates_on_other_problems_and_noise(monkeypatch):
