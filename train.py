@@ -45,19 +45,12 @@ from grpo import (
 )
 from kit import flags, metrics
 from kit.captured import CapturedDecoder
-from kit.evaluate import (
-    BEYOND,
-    compare_samples,
-    evaluate,
-    held_out_problems,
-    mean_measures,
-    table,
-    thought_of,
-)
+from kit.evaluate import BEYOND, compare_samples, evaluate, held_out_problems, share, table
+from kit.look import look
 from kit.metrics import Rewards, check_finite, weight_norm
 from kit.run import Run, multiplies_in_bfloat16, open_run
 from model import ModelConfig, Transformer
-from rewards import RULES, accuracy, is_right, rule_weights
+from rewards import RULES, rule_weights
 from sample import Rollout, complete, decode_completions, generate, load_policy, tokenizer_of
 
 # ---------------------------------------------------------------------------------------- the knobs
@@ -87,7 +80,7 @@ class Config:
     n_kv_head: int = 2  # key/value heads
     d_model: int = 64  # width
     d_ff: int = 192  # width of the feed-forward layers
-    max_seq_len: int = 96  # tokens of prompt and completion together
+    max_seq_len: int = 0  # tokens of prompt and completion together; 0: the task's own
     # pretraining
     pretrain_steps: int = 5000  # optimizer steps
     pretrain_tokens: int = 512  # tokens of documents in a step, about
@@ -96,7 +89,7 @@ class Config:
     steps: int = 80  # rollouts
     prompts: int = 64  # P: prompts in a rollout
     group_size: int = 8  # G: completions of each prompt
-    max_new_tokens: int = 64  # where a completion is cut; it earns what the rules give, mostly 0
+    max_new_tokens: int = 0  # where a completion is cut, mostly to earn 0; 0: the task's own
     temperature: float = 1.0  # of sampling, and so of the policy that is trained
     lr: float = 6e-4  # peak learning rate
     inner_epochs: int = 1  # mu: passes over a rollout
@@ -114,18 +107,20 @@ class Config:
     eval_problems: int = 500  # held-out problems of the evaluation before and after
     eval_samples: int = 16  # completions of each
 
+    # fmt: off
     CHOICES: ClassVar = {
-        **{"preset": ["gpu", "cpu", "tiny"], "dtype": ["float32", "bfloat16"]},
-        **{"task": TASKS, "variant": list(VARIANTS), "kl": list(KL_ESTIMATORS)},
+        "preset": ["gpu", "cpu", "tiny"], "task": TASKS, "dtype": ["float32", "bfloat16"],
+        "variant": list(VARIANTS), "kl": list(KL_ESTIMATORS),
     }
     RANGES: ClassVar = {  # a field that is not here: from 1 to 2^31 - 1, a float from 0 to 1e30
-        **{"seed": (0, 2**63 - 1), "threads": (1, 1024), "reference_every": (0, 2**31 - 1)},
-        **dict.fromkeys(("min_level", "max_level"), (0, MAX_STEP - BEYOND)),
-        **{"max_seq_len": (48, 2**31 - 1), "eval_samples": (8, 2**31 - 1)},
-        **dict.fromkeys(("lr", "pretrain_lr", "max_grad_norm"), (1e-12, 1e30)),
-        **dict.fromkeys(("clip_low", "clip_high"), (0, math.inf)),  # inf: no clip on that side
+        "seed": (0, 2**63 - 1), "threads": (1, 1024), "reference_every": (0, 2**31 - 1),
+        "min_level": (0, MAX_STEP - BEYOND), "max_level": (0, MAX_STEP - BEYOND),
+        "max_seq_len": (48, 2**31 - 1), "eval_samples": (8, 2**31 - 1),
+        "lr": (1e-12, 1e30), "pretrain_lr": (1e-12, 1e30), "max_grad_norm": (1e-12, 1e30),
+        "clip_low": (0, math.inf), "clip_high": (0, math.inf),  # inf: no clip on that side
         "temperature": (0.001, 1e6),  # completions that are all the same teach nothing
     }
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Raise ValueError, in one line, for settings that do not go together."""
@@ -142,12 +137,13 @@ class Config:
             raise ValueError(f"--variant {self.variant} {advice}")
         if not self.levels:
             raise ValueError(f"--min_level {self.levels.start} is above --max_level")
-        if self.levels[-1] < 2:
-            raise ValueError("--max_level must be at least 2: level 1 is told apart")
+        evaluated = [level for level in self.levels if level not in TASKS[self.task].apart]
+        if not evaluated:
+            reason = f"{self.task} tells level {self.levels[-1]} apart"
+            raise ValueError(f"--max_level must be higher: {reason}")
         if self.pretrain_tokens < self.max_seq_len:
             advice = f"at least --max_seq_len {self.max_seq_len}, or a document may not fit"
             raise ValueError(f"--pretrain_tokens must be {advice}")
-        evaluated = [level for level in self.levels if level > 1]
         kinds = len(evaluated) * len(TASKS[self.task].languages)
         if self.eval_problems < kinds:
             raise ValueError(f"--eval_problems must be at least {kinds}, one for each kind")
@@ -166,25 +162,32 @@ class Config:
 
     def filled(self) -> "Config":
         """The same with the defaults that depend on other settings."""
-        out = self.out or f"out/{self.task}-{self.preset}-{self.variant}-seed{self.seed}"
-        least, most = self.levels[0], self.levels[-1]
-        return replace(self, out=out, min_level=least, max_level=most)
+        task = TASKS[self.task]
+        return replace(
+            self,
+            out=self.out or f"out/{self.task}-{self.preset}-{self.variant}-seed{self.seed}",
+            min_level=self.levels[0],
+            max_level=self.levels[-1],
+            max_seq_len=self.max_seq_len or task.max_seq_len,
+            max_new_tokens=self.max_new_tokens or task.max_new_tokens,
+        )
 
 
+# fmt: off
 PRESETS = {
     "cpu": {},
     "gpu": {
-        **{"task": "chains-99", "dtype": "bfloat16", "max_seq_len": 192, "max_new_tokens": 112},
-        **{"n_layer": 6, "n_head": 8, "n_kv_head": 4, "d_model": 256, "d_ff": 768},
-        **{"pretrain_steps": 8000, "pretrain_tokens": 4096, "pretrain_lr": 2e-3},
-        **{"steps": 150, "prompts": 128, "group_size": 16, "lr": 3e-4, "micro_batch": 512},
+        "task": "chains-99", "dtype": "bfloat16",
+        "n_layer": 6, "n_head": 8, "n_kv_head": 4, "d_model": 256, "d_ff": 768,
+        "pretrain_steps": 8000, "pretrain_tokens": 4096, "pretrain_lr": 2e-3,
+        "steps": 150, "prompts": 128, "group_size": 16, "lr": 3e-4, "micro_batch": 512,
     },
     "tiny": {
-        **{"max_level": 3, "n_layer": 2, "d_ff": 128, "pretrain_steps": 3000},
-        **{"pretrain_tokens": 320, "steps": 60, "prompts": 32},
-        **{"eval_problems": 100, "eval_samples": 8},
+        "max_level": 3, "n_layer": 2, "d_ff": 128, "pretrain_steps": 3000, "pretrain_tokens": 320,
+        "steps": 60, "prompts": 32, "eval_problems": 100, "eval_samples": 8,
     },
 }
+# fmt: on
 
 # -------------------------------------------------------------------------- what every stage shares
 
@@ -435,16 +438,14 @@ def grpo(
         record = metrics.rollout_metrics(problems, rollout, rewards)
         record |= metrics.update_metrics(updates) | {"lr": lr, "sample_seconds": sampled - started}
         record["update_seconds"] = time.perf_counter() - sampled
-        look = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
-        if look:
+        due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
+        if due:
             record |= look_at_held_out(config, run, policy, base, reward, advantage)
-        run.show(
-            {short: record[name] for name, short in SHORT.items() if name in record}, keep=look
-        )
+        run.show({short: record[name] for name, short in SHORT.items() if name in record}, keep=due)
         run.log(record)
 
 
-LOOKS, SHOWN = 64, 3  # problems of a look; how many of them looks.jsonl shows
+LOOKS = 64  # problems of a look
 SHORT = {"accuracy": "acc", "format": "fmt", "completion_tokens": "len", "entropy": "ent"}
 SHORT |= {"held_out_accuracy": "held"}  # what stands beside the bar, within 80 columns
 
@@ -457,28 +458,14 @@ def look_at_held_out(
     reward: Reward,
     advantage: Callable,
 ) -> dict[str, float]:
-    """pass@1 on held-out problems, the same at each look, and KL(policy, base) in nats a token.
-    Writes what the policy says to a few of them into looks.jsonl."""
+    """How the policy answers held-out problems, the same at each look, and KL(policy, base) in nats
+    a token."""
     problems = held_out_problems(config.task, config.levels, LOOKS, config.seed, "look")
-    how = {"group_size": config.group_size, "max_new_tokens": config.max_new_tokens}
-    seed = stream(config.seed, "noise of a look").getrandbits(63)
-    rollout = complete(policy, problems, seed=seed, **how)
-    rewards = reward(problems, rollout, run.step)
-    advantages = advantage(config, rewards, rollout)
-    tokenizer, rows = tokenizer_of(policy), np.arange(len(rollout.tokens))
-    run.look({"problems": metrics.told(problems, rollout, rewards, advantages, SHOWN, tokenizer)})
+    limits = {"group_size": config.group_size, "limit": config.max_new_tokens, "seed": config.seed}
+    rollout, numbers = look(run, policy, problems, reward, partial(advantage, config), **limits)
+    rows = np.arange(len(rollout.tokens))
     log_ratio = rollout.logps - rollout_logps(base, rollout, rows, config.micro_batch)
-    texts = decode_completions(rollout, tokenizer)
-    groups = [texts[i : i + config.group_size] for i in range(0, len(texts), config.group_size)]
-    run.tell(f"{problems[0].expression}: {texts[0]}")
-    right = [is_right(text, p) for p, group in zip(problems, groups) for text in group]
-    thoughts = [len(tokenizer.encode(thought_of(text) or "")) for text in texts]
-    return {
-        "held_out_accuracy": float(np.array(right, dtype=float).mean()),
-        "base_kl": (log_ratio.sum() / rollout.mask.sum()).item(),
-        "think_tokens": float(np.mean(thoughts)),
-        **mean_measures(problems, groups),
-    }
+    return numbers | {"base_kl": (log_ratio.sum() / rollout.mask.sum()).item()}
 
 
 # ------------------------------------------------------------------------------------------ the job
@@ -490,8 +477,10 @@ def r1_zero(config: Config, run: Run, reward: Reward | None = None, **hooks) -> 
     if config.group_size < 2:
         raise ValueError("--group_size must be at least 2: an advantage compares with a group")
     if reward is None and "accuracy" in rule_weights(config.rewards):
-        for problem in held_out_problems(config.task, config.levels, LOOKS, config.seed, "look"):
-            accuracy("", problem)  # raises where there is no rule
+        asked = held_out_problems(config.task, config.levels, LOOKS, config.seed, "look")
+        if any(problem.is_right("") is None for problem in asked):
+            reason = f"{config.task} has problems without a rule"
+            raise ValueError(f"{reason}: leave accuracy out of --rewards")
 
     def examine(model: Transformer) -> dict:
         counts = {"problems": config.eval_problems, "samples": config.eval_samples}
@@ -501,7 +490,7 @@ def r1_zero(config: Config, run: Run, reward: Reward | None = None, **hooks) -> 
     policy = base_model(config, run)
     base = copy.deepcopy(policy)
     before = run.once("base", lambda: examine(base))
-    said = f"pass@1 {before['pass@1']:.3f}, format {before['format']:.3f}"
+    said = f"pass@1 {share(before['pass@1'])}, format {share(before['format'])}"
     print(f"base model: {said}; now GRPO, by rules alone")
     print(f"objective: {config.variant} ({VARIANTS[config.variant].source})")
 

@@ -4,6 +4,8 @@ A task is a row of TASKS: a frozen dataclass whose fields are its settings, with
 
     name, example                                       its row; a problem as a person types it
     levels, languages                                   what is asked unless somebody says otherwise
+    apart                                               levels that are evaluated on their own
+    max_seq_len, max_new_tokens                         tokens of a row, of a completion
     words                                               its vocabulary, beside numbers and tags
     problem(rng, level, *, language, held_out) -> Problem
     document(rng, levels, room) -> Document             no longer than `longest` or `room`
@@ -13,9 +15,9 @@ A task is a row of TASKS: a frozen dataclass whose fields are its settings, with
     outside(problem, levels) -> str                     what of it no training at these levels had
     measures(problem, completion) -> {name: float}      how it thinks
 
-`problem` is asked for both splits of the trained levels, and for held-out problems of level 1 and
-of the four levels beyond. `is_right` is asked about any text, the empty one too, and never raises.
-data/chains.py is the task to read, or to copy.
+`problem` is asked for both splits of the trained levels, and for held-out problems of the levels
+`apart` and of the four levels beyond. `is_right` is asked about any text, the empty one too, and
+never raises. data/chains.py is the task to read, or to copy.
 """
 
 from functools import cache
@@ -28,7 +30,15 @@ TASKS = {
     for task in (
         Chains("chains"),
         Chains("chains-en-ko", languages=("en", "ko")),
-        Chains("chains-99", "+-*", 99, languages=("en", "ko"), levels=(1, 8)),
+        Chains(
+            "chains-99",
+            "+-*",
+            max_total=99,
+            languages=("en", "ko"),
+            levels=(1, 8),
+            max_seq_len=192,
+            max_new_tokens=112,
+        ),
     )
 }
 

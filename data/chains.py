@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.languages import LANGUAGES, language_of, language_of_thought, words_of
-from data.problem import Document, Problem
+from data.problem import Document, Problem, thought_of
 from data.tokenizer import MAX_NUMBER, MAX_STEP
 
 MAX_OPERAND = 9
@@ -62,6 +62,9 @@ class Chains:
     max_total: int = 20
     languages: tuple[str, ...] = ("en",)
     levels: tuple[int, int] = (1, 5)
+    apart: tuple[int, ...] = (1,)  # problems of one operation are steps of all others
+    max_seq_len: int = 96
+    max_new_tokens: int = 64
     example: str = "7 + 8 - 3"
 
     def __post_init__(self) -> None:
@@ -83,7 +86,7 @@ class Chains:
 
     @property
     def words(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*words_of(self.languages), *SMALL_WORDS)))
+        return tuple(dict.fromkeys((*words_of(self.languages, self.operators), *SMALL_WORDS)))
 
     # ----------------------------------------------------------------------------- problems
 
@@ -225,7 +228,7 @@ class Chains:
     def measures(self, problem: Problem, completion: str) -> dict[str, float]:
         """How a completion thinks: whether in steps; and, where the task has several languages, in
         which of them: "ko_thinks_in_en" is a share of the Korean questions."""
-        thought = completion.partition("<think>")[2].partition("</think>")[0]
+        thought = thought_of(completion) or ""
         measures = {"in_steps": float("#" in thought)}
         if len(self.languages) > 1:
             spoken = language_of_thought(thought)

@@ -42,11 +42,12 @@ LANGUAGES = {
 }
 
 
-def words_of(languages: Iterable[str]) -> list[str]:
-    """Every word of these languages, each once, in the order in which it stands above."""
+def words_of(languages: Iterable[str], operators: Iterable[str]) -> list[str]:
+    """Every word of these languages with these operators, each once, in the order above."""
     found = []
     for language in map(LANGUAGES.get, languages):
-        texts = (language.question, *language.operators.values(), language.equals)
+        names = [language.operators[operator] for operator in operators]
+        texts = (language.question, *names, language.equals)
         texts += (language.right, language.wrong, *language.glib, *language.careless)
         found += re.findall(r"[^\W\d_]+", " ".join(texts))
     return list(dict.fromkeys(found))

@@ -1,6 +1,7 @@
 """What is asked, and what the web says of it: problems, documents, and how problems are drawn."""
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,12 @@ class Document:
     question: str
     text: str
     style: str
+
+
+def thought_of(completion: str) -> str | None:
+    """The text of the first closed thought, None where there is none."""
+    found = re.search("<think>(.*?)</think>", completion, re.DOTALL)
+    return found and found[1]
 
 
 def stream(seed: int, purpose: str, step: int = 0) -> random.Random:

@@ -2,7 +2,6 @@
 models."""
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -10,7 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import TASKS
-from data.problem import Problem, sample_problems, stream
+from data.problem import Problem, sample_problems, stream, thought_of
+from data.tokenizer import Tokenizer
 from model import Transformer
 from rewards import extract_answer, format_reward, is_right
 from sample import complete, decode_completions, tokenizer_of
@@ -66,10 +66,17 @@ def grade(problems: list[Problem], answers: Answers) -> np.ndarray:
     return np.array(right, dtype=float)  # None becomes NaN
 
 
-def thought_of(completion: str) -> str | None:
-    """The text of the first closed thought, None where there is none."""
-    found = re.search("<think>(.*?)</think>", completion, re.DOTALL)
-    return found and found[1]
+def mean(values: Sequence[float] | np.ndarray) -> float | None:
+    """The mean of the values that are known, which is all but NaN; None where none is."""
+    values = np.asarray(values, dtype=float)
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def mean_think_tokens(texts: list[str], tokenizer: Tokenizer) -> float:
+    """The mean length of the closed thoughts, in tokens; 0 where no thought is closed."""
+    thoughts = [thought for thought in map(thought_of, texts) if thought is not None]
+    return mean([len(tokenizer.encode(thought)) for thought in thoughts]) or 0.0
 
 
 def mean_measures(problems: list[Problem], texts: list[list[str]]) -> dict[str, float]:
@@ -79,15 +86,15 @@ def mean_measures(problems: list[Problem], texts: list[list[str]]) -> dict[str, 
         for text in group:
             for name, value in TASKS[problem.task].measures(problem, text).items():
                 found[name].append(value)
-    return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+    return {name: mean(values) for name, values in sorted(found.items())}
 
 
 def held_out_problems(
     task: str, levels: Sequence[int], count: int, seed: int, purpose: str
 ) -> list[Problem]:
-    """The same problems whenever they are asked for. Level 1 is left out: its problems are steps of
-    the others, so training has seen what they need."""
-    levels = [level for level in levels if level > 1]
+    """The same problems whenever they are asked for, of the levels that the task does not tell
+    apart."""
+    levels = [level for level in levels if level not in TASKS[task].apart]
     return sample_problems(stream(seed, purpose), TASKS[task], levels, count, held_out=True)
 
 
@@ -103,14 +110,15 @@ def evaluate(
 ) -> dict:
     """The metrics of a model on held-out problems, at temperature 1 but for "greedy": means over
     `problems` problems of these levels, `samples` completions of each, of at most `limit` tokens.
-    Level 1 ("apart") and the four levels "beyond" these are told on their own, by pass@1 only."""
+    The levels that the task tells "apart" and the four levels "beyond" these have a pass@1 each.
+    What depends on a rule is None where the task has none."""
     beyond = range(levels[-1] + 1, levels[-1] + 1 + BEYOND)
-    apart = {"apart": [1] if 1 in levels else [], "beyond": beyond}
+    alone = {"apart": [level for level in levels if level in TASKS[task].apart], "beyond": beyond}
 
-    def pass_1_at(level: int) -> float:
+    def pass_1_at(level: int) -> float | None:
         rng = stream(seed, f"evaluation at level {level}")
         asked = sample_problems(rng, TASKS[task], [level], 100, held_out=True)
-        return grade(asked, answer_problems(model, asked, 4, limit=limit, seed=noise)).mean()
+        return mean(grade(asked, answer_problems(model, asked, 4, limit=limit, seed=noise)))
 
     problems = held_out_problems(task, levels, problems, seed, "evaluation")
     noise = stream(seed, "evaluation noise", samples).getrandbits(63)  # the same for every model
@@ -119,12 +127,10 @@ def evaluate(
     correct = grade(problems, answers)  # (problems, samples)
     groups = [[text for text, _ in group] for group in answers]
     texts = [text for group in groups for text in group]
-    thoughts = [thought for thought in map(thought_of, texts) if thought is not None]
-    think_tokens = [len(tokenizer_of(model).encode(thought)) for thought in thoughts]
 
-    def pass_1_by(attribute: str) -> dict[str, float]:
+    def pass_1_by(attribute: str) -> dict[str, float | None]:
         values = np.array([str(getattr(problem, attribute)) for problem in problems])
-        return {str(value): correct[values == value].mean() for value in np.unique(values)}
+        return {str(value): mean(correct[values == value]) for value in np.unique(values)}
 
     votes = [
         majority_is_right([extract_answer(text) for text in group[i : i + 8]], problem)
@@ -132,19 +138,19 @@ def evaluate(
         for i in range(0, samples - 7, 8)
     ]
     return {
-        "pass@1": correct.mean(),
-        "pass@8": np.mean([pass_at_k(samples, count, 8) for count in correct.sum(axis=1)]),
-        "maj@8": np.array(votes, dtype=float).mean(),
-        "greedy": grade(problems, greedy).mean(),
-        "format": np.mean([format_reward(text) for text in texts]),
-        "completion_tokens": np.mean([length for group in answers for _, length in group]),
-        "think_tokens": np.mean(think_tokens) if think_tokens else 0.0,
+        "pass@1": mean(correct),
+        "pass@8": mean([pass_at_k(samples, count, 8) for count in correct.sum(axis=1)]),
+        "maj@8": mean(votes),
+        "greedy": mean(grade(problems, greedy)),
+        "format": mean([format_reward(text) for text in texts]),
+        "completion_tokens": mean([length for group in answers for _, length in group]),
+        "think_tokens": mean_think_tokens(texts, tokenizer_of(model)),
         "by_level": pass_1_by("level"),
         "by_language": pass_1_by("language"),
         "thinking": mean_measures(problems, groups),
         **{
             name: {str(level): pass_1_at(level) for level in levels}
-            for name, levels in apart.items()
+            for name, levels in alone.items()
         },
     }
 
@@ -164,38 +170,44 @@ def compare_samples(
         lines, right = [problem.prompt.removesuffix("\nAssistant:")], []
         for name, answers in said.items():
             ((text, _),) = answers[i]
-            right.append(grade([problem], [answers[i]]).item())
-            form = format_reward(text)
-            lines.append(f"[{name}: accuracy {right[-1]:.0f}, format {form:.0f}] {text}")
+            right.append(is_right(text, problem))
+            score = "without a rule" if right[-1] is None else f"accuracy {right[-1]:d}"
+            lines.append(f"[{name}: {score}, format {format_reward(text):.0f}] {text}")
         blocks.append("\n".join(lines))
-        if best is None and not right[0] and right[-1]:
+        if best is None and right[0] is False and right[-1]:
             best = i
-    which = "first held-out problem"
-    which += (
-        " that the base gets wrong and the trained model right" if best is not None else ""
-    )
-    return "\n\n".join(blocks) + "\n", f"{which}:\n\n{blocks[best or 0]}"
+    how = "" if best is None else " that the base gets wrong and the trained model right"
+    return "\n\n".join(blocks) + "\n", f"first held-out problem{how}:\n\n{blocks[best or 0]}"
+
+
+def share(x: float | None) -> str:
+    """A share in percent; "-" where it is not known."""
+    return "-" if x is None else f"{100 * x:.1f} %"
 
 
 def table(base: dict, trained: dict) -> str:
     """The evaluations of two models side by side."""
-    names = ("pass@1", "pass@8", "maj@8", "greedy", "format")
-    shares = [(name, base[name], trained[name]) for name in names]
+
+    def row(text: str, *cells: str) -> str:
+        return f"{text:28}{''.join(f'{cell:>11}' for cell in cells)}".rstrip()
+
+    lines = [row("held-out problems", "base", "R1-Zero")]
+    for name in ("pass@1", "pass@8", "maj@8", "greedy", "format"):
+        lines.append(row(name, share(base[name]), share(trained[name])))
     for name, text in (
         ("by_language", "pass@1, {}"),
-        ("apart", "pass@1, level {}"),
+        ("apart", "pass@1, level {} (apart)"),
         ("by_level", "pass@1, level {}"),
         ("beyond", "pass@1, level {} (beyond)"),
     ):
         if name != "by_language" or len(base[name]) > 1:
-            shares += [
-                (text.format(kind), base[name][kind], trained[name][kind]) for kind in base[name]
+            lines += [
+                row(text.format(kind), share(base[name][kind]), share(trained[name][kind]))
+                for kind in base[name]
             ]
-    lines = [f"{'held-out problems':28} {'base':>8}   {'R1-Zero':>8}"]
-    lines += [f"{text:28} {100 * one:8.1f} % {100 * two:8.1f} %" for text, one, two in shares]
     for name in ("completion_tokens", "think_tokens"):
-        lines.append(f"{name:28} {base[name]:8.1f}   {trained[name]:8.1f}")
+        lines.append(row(name, f"{base[name]:.1f}  ", f"{trained[name]:.1f}  "))
     for name in base["thinking"] | trained["thinking"]:
-        pair = (metrics["thinking"].get(name, math.nan) for metrics in (base, trained))
-        lines.append(f"{name:28} " + "   ".join(f"{x:8.2f}" for x in pair))
+        found = (model["thinking"].get(name) for model in (base, trained))
+        lines.append(row(name, *("-  " if x is None else f"{x:.2f}  " for x in found)))
     return "\n".join(lines)

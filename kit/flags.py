@@ -60,11 +60,11 @@ def parse(
         else:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             given = {"preset": "cpu", "device": device} | given
-            config = Config(**presets[given["preset"]] | given)
+            config = Config(**presets[given["preset"]] | given).filled()
         check_values(config)
     except ValueError as error:
         parser.error(str(error))
-    return config.filled()
+    return config
 
 
 def comments(Config: type) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What a rollout and its updates show: the numbers of the log, and the completions of a look."""
+"""What a rollout and its updates show: the numbers of the log."""
 
 import math
 
@@ -6,9 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import TASKS
 from data.problem import Problem
-from data.tokenizer import Tokenizer
 from sample import Rollout
 
 Rewards = dict[str, Tensor]  # (B,) each: "reward", which is maximised, and its parts by name
@@ -96,43 +94,3 @@ def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
         **{name: float(np.mean([sums[name] for sums in updates])) for name in by_update},
         "logp_gap": updates[0]["logp_gap"],  # sampler and trainer are one policy before any update
     }
-
-
-def told(
-    problems: list[Problem],
-    rollout: Rollout,
-    rewards: Rewards,
-    advantages: Tensor,
-    count: int,
-    tokenizer: Tokenizer,
-) -> list[dict]:
-    """What a rollout says to the first `count` problems, token by token, as looks.jsonl holds
-    it."""
-    G = len(rollout.tokens) // len(problems)
-    by_token = (
-        advantages if advantages.dim() == 2 else advantages[:, None].expand(rollout.mask.shape)
-    )
-
-    def text(row: int) -> str:
-        end = rollout.ends[row] - int(rollout.finished[row])
-        return tokenizer.decode(rollout.tokens[row, rollout.starts[row] : end].tolist())
-
-    def completion(row: int) -> dict:
-        said = slice(rollout.starts[row], rollout.ends[row])
-        return {
-            "tokens": [tokenizer.decode([token]) for token in rollout.tokens[row, said].tolist()],
-            "logps": [round(x, 4) for x in rollout.logps[row, said].tolist()],
-            "entropy": [round(x, 4) for x in rollout.entropy[row, said].tolist()],
-            "rewards": {name: round(values[row].item(), 4) for name, values in rewards.items()},
-            "measures": TASKS[problems[row // G].task].measures(problems[row // G], text(row)),
-            "advantage": [round(x, 4) for x in by_token[row, said].tolist()],
-        }
-
-    return [
-        {
-            "prompt": problem.prompt,
-            "answer": problem.answer,
-            "completions": [completion(row) for row in range(i * G, (i + 1) * G)],
-        }
-        for i, problem in enumerate(problems[:count])
-    ]

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ except ImportError:  # on Windows nothing keeps two processes from going on with
 ROOT = Path(__file__).parent.parent
 SAVE_EVERY = float(os.environ.get("SAVE_EVERY", 20))  # seconds between two saves; tests set 0
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+KEPT = ("ended", "results", "seconds", "kept", "stopped")  # attributes of a run in last.pt
 State = dict[str, nn.Module | torch.optim.Optimizer | Tensor]  # what changes in a stage, by name
 
 
@@ -87,7 +89,8 @@ class Run:
         named = {"model": model} | {name: x for name, x in state.items() if x is not None}
         first = self.restore(stage, count, named)
         self.begin()
-        self.stage, self.saved = stage, f"step {first} of {stage}"
+        self.stage = stage
+        self.say_saved({"stage": stage, "step": first})
         look = {"desc": stage, "bar_format": BAR, "dynamic_ncols": True, "disable": None}
         self.bar = tqdm(range(first, count), initial=first, total=count, **look)
         self.stepping = True  # from here to the end of the stage, a signal waits for a save
@@ -135,10 +138,9 @@ class Run:
             self.bar.write(f"step {self.step + 1:4}  {shown}")
 
     def tell(self, text: str) -> None:
-        """Put a line of text above the bar, cut to the width of the terminal."""
-        width = shutil.get_terminal_size().columns
-        line = " ".join(text.split())
-        self.bar.write(line if len(line) <= width else f"{line[: width - 3]}...")
+        """Put a line of text above the bar; where it is too long for the terminal, without its
+        middle."""
+        self.bar.write(fit(" ".join(text.split()), shutil.get_terminal_size().columns))
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run's folder, whole or not at all."""
@@ -165,17 +167,18 @@ class Run:
         self.book(self.stopped.get("stage", "evaluation"))
         with self.writing():
             self.kept = {name: lines.flush() for name, lines in self.lines.items()}
-        names = ("program", "ended", "results", "seconds", "kept", "stopped")
-        written = {name: getattr(self, name) for name in names}
+        written = {name: getattr(self, name) for name in (*KEPT, "program", "sources")}
         written |= {"settings": asdict(self.config), "made_by": made_by(self.config)}
-        written["sources"] = self.sources
         with self.writing():
             save_tensors(self.folder / "last.pt", written)
         self.saved_at, self.saved_device = time.perf_counter(), self.config.device
-        if self.stopped:
-            self.saved = f"step {self.stopped['step']} of {self.stopped['stage']}"
-        elif self.ended:
-            self.saved = f"the end of {self.ended[-1]}"
+        self.say_saved(self.stopped)
+
+    def say_saved(self, stopped: dict) -> None:
+        """Put in words what is saved: the middle of a stage, or the end of one."""
+        self.saved = f"the end of {self.ended[-1]}" if self.ended else "its start"
+        if stopped:
+            self.saved = f"step {stopped['step']} of {stopped['stage']}"
 
     def restore(self, stage: str, count: int, named: State) -> int:
         """Bring the state back to where the stage was stopped. Returns the steps that were done."""
@@ -285,7 +288,7 @@ class Run:
         try:
             if saved["program"] != self.program:
                 raise ValueError(f"{saved['program']} made it, and must go on with it")
-            for name in ("ended", "results", "seconds", "kept", "stopped"):
+            for name in KEPT:
                 if type(saved[name]) is not type(getattr(self, name)):
                     raise ValueError(f"{name} is {saved[name]!r}")
                 setattr(self, name, saved[name])
@@ -301,9 +304,7 @@ class Run:
                 if not isinstance(result, dict) or not result:
                     raise ValueError(f"the result {name} is {result!r}")
             self.seconds = {name: float(x) for name, x in self.seconds.items()}
-            self.saved = f"the end of {self.ended[-1]}" if self.ended else "its start"
-            if self.stopped:
-                self.saved = f"step {self.stopped['step']} of {self.stopped['stage']}"
+            self.say_saved(self.stopped)
         except (KeyError, TypeError, ValueError) as error:
             raise self.foreign(error) from None
         for source in saved["sources"]:
@@ -344,6 +345,17 @@ class Run:
         self.stop_asked = number
         with contextlib.suppress(OSError):  # whoever reads it may be gone; print may be at work
             os.write(2, b"\nstopping when this step is done (once more: at once)\n")
+
+
+def fit(line: str, width: int) -> str:
+    """The line in `width` columns, of which a Korean letter takes two: start and end of it, where
+    the whole is too long."""
+    start, end = line[: len(line) // 2], line[len(line) // 2 :]
+    middle = ""
+    while sum(1 + (east_asian_width(x) in "WF") for x in start + middle + end) > max(width, 5):
+        middle = " ... "
+        start, end = (start[:-1], end) if len(start) > len(end) else (start, end[1:])
+    return start + middle + end
 
 
 class CannotWrite(Exception):

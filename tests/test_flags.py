@@ -36,9 +36,9 @@ def test_every_knob_is_a_flag_with_its_comment_for_help(capsys):
 def test_flags_go_over_the_preset_and_the_preset_over_the_defaults():
     config = parsed(["--preset", "tiny", "--seed", "3", "--lr", "0.5"])
     settings = {"preset": "tiny", "seed": 3, "lr": 0.5, "out": "out/chains-tiny-grpo-seed3"}
-    settings["min_level"] = 1  # the task's own
-    assert config == Config(**train.PRESETS["tiny"] | settings)
-    assert parsed([]) == Config(out="out/chains-cpu-grpo-seed0", min_level=1, max_level=5)
+    of_task = {"min_level": 1, "max_seq_len": 96, "max_new_tokens": 64}
+    assert config == Config(**of_task | train.PRESETS["tiny"] | settings)
+    assert parsed([]) == Config(out="out/chains-cpu-grpo-seed0", max_level=5, **of_task)
     assert parsed(["--task=chains-99"]).levels == range(1, 9)
 
 
@@ -129,7 +129,7 @@ ONE_UPDATE = "makes one update a rollout: add --minibatches 1 --inner_epochs 1"
         ("--rewards accuracy=1e39", "must be rules with weights"),
         ("--pretrain_tokens 1", "--pretrain_tokens must be at least --max_seq_len 96"),
         ("--max_level 9 --max_new_tokens 20", "documents of --max_level 9: 102 tokens exceed the"),
-        ("--max_level 1 --min_level 1", "--max_level must be at least 2"),
+        ("--max_level 1 --min_level 1", "--max_level must be higher: chains tells level 1 apart"),
         ("--max_level 13", "--max_level must be from 0 to 12"),
         ("--min_level 6", "--min_level 6 is above --max_level"),
         ("--task sums", "invalid choice: 'sums'"),

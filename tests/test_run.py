@@ -27,7 +27,7 @@ import train
 from experiments.machine import kill
 from experiments.machine.kill import log_without_times, outcome
 from kit import flags
-from kit.run import Lines, open_run
+from kit.run import Lines, fit, open_run
 from model import load_model, load_tensors, save_model, save_tensors
 from tests.small import small_model
 
@@ -786,3 +786,14 @@ def test_another_version_of_torch_is_said(broken_off, capsys):
     train.main(["--resume", str(broken_off)])
     said = "saved by torch 1.0 on cpu (ABACUS), and this is torch"
     assert said in capsys.readouterr().out
+
+
+def test_a_told_line_keeps_its_ends_and_fits():
+    """A Korean letter takes two columns; what is cut is the middle, not the answer at the end."""
+    assert fit("7 + 8: 15", 80) == "7 + 8: 15"
+    assert fit("start of a long thought and the answer", 22) == "start of  ... e answer"
+    line = "7 더하기 8: " + "더하기 " * 20 + "답은 15"
+    shown = fit(line, 40)
+    assert sum(2 if "가" <= x <= "힣" else 1 for x in shown) in (39, 40)
+    assert shown.startswith("7 더하기 8: ") and " ... " in shown and shown.endswith("답은 15")
+    assert fit(line, 1) == " ... "

@@ -4,7 +4,6 @@ import ast
 import contextlib
 import io
 import json
-import math
 import os
 import random
 import re
@@ -42,6 +41,9 @@ class Sort:
     languages: tuple[str, ...] = ("en",)
     ruled: bool = True
     words: ClassVar = ("sort", "smallest", "then", "maybe")
+    apart: ClassVar = ()
+    max_seq_len: ClassVar = 48
+    max_new_tokens: ClassVar = 16
 
     def problem(self, rng, level, *, language="en", held_out=False):
         while True:
@@ -92,7 +94,7 @@ class Sort:
 
 # ---------------------------------------------------------------------------------------- its tests
 
-SIZE = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_model": 32, "d_ff": 48, "max_seq_len": 48}
+SIZE = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_model": 32, "d_ff": 48}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,7 +110,7 @@ def rows():
 def config_for(folder, **changes):
     settings = {"task": "sort", "preset": "tiny", "pretrain_tokens": 256}
     settings |= {"pretrain_steps": 900, "pretrain_lr": 1e-2}
-    settings |= {"steps": 12, "prompts": 32, "lr": 2e-3, "max_new_tokens": 16, "eval_every": 6}
+    settings |= {"steps": 12, "prompts": 32, "lr": 2e-3, "eval_every": 6}
     settings |= {"eval_problems": 64, "eval_samples": 8, "out": str(folder)}
     return train.Config(**settings | SIZE | changes).filled()
 
@@ -136,7 +138,7 @@ def test_a_row_is_all_that_a_task_needs(whole):
     result = json.loads((whole[0] / "result.json").read_text())
     base, r1_zero = result["base"], result["r1_zero"]
     assert base["thinking"].keys() == r1_zero["thinking"].keys() == {"names_smallest"}
-    levels = {"by_level": {"2"}, "apart": {"1"}, "beyond": set("3456"), "by_language": {"en"}}
+    levels = {"by_level": {"1", "2"}, "apart": set(), "beyond": set("3456"), "by_language": {"en"}}
     assert {name: set(r1_zero[name]) for name in levels} == levels
     for before, after in (
         (base["pass@1"], r1_zero["pass@1"]),
@@ -299,18 +301,20 @@ def test_accuracy_refuses_a_task_without_a_rule_at_the_door(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_task_without_a_rule_trains_by_format(tmp_path):
+def test_a_task_without_a_rule_trains_by_format(tmp_path, capsys):
     """What nobody can grade is not graded: its accuracy is no number, and never a silent 0."""
     folder = tmp_path / "run"
     sizes = {"pretrain_steps": 100, "steps": 2, "prompts": 4, "eval_problems": 8, "eval_every": 1}
     job(config_for(folder, task="poems", rewards="format=1", **sizes))
     for record in grpo_records(folder):
         assert record["reward"] == record["format"] and "accuracy" not in record
-        assert not record.get("held_out_accuracy", math.nan) <= 1
-    result = json.loads((folder / "result.json").read_text())
-    for name in ("pass@1", "pass@8", "maj@8", "greedy"):
-        assert not result["r1_zero"].get(name, math.nan) <= 1
-    assert 0 < result["r1_zero"]["format"] < 1
+        assert "held_out_accuracy" not in record
+    text = (folder / "result.json").read_text()
+    result = json.loads(text)["r1_zero"]
+    assert {result[name] for name in ("pass@1", "pass@8", "maj@8", "greedy")} == {None}
+    assert set((result["by_level"] | result["beyond"]).values()) == {None}
+    assert 0 < result["format"] < 1 and "NaN" not in text
+    assert "base model: pass@1 -, format" in capsys.readouterr().out
 
 
 def test_sample_says_that_there_is_no_rule(tmp_path):

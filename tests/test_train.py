@@ -700,7 +700,7 @@ def test_the_gpu_preset_runs_on_a_cpu(tmp_path, capsys):
     result = json.loads((tmp_path / "run" / "result.json").read_text())["base"]
     assert set(result["by_language"]) == {"en", "ko"}
     assert set(result["apart"]) == {"1"} and set(result["beyond"]) == {"9", "10", "11", "12"}
-    assert "pass@1, ko" in shown and "pass@1, level 1 " in shown
+    assert "pass@1, ko" in shown and "pass@1, level 1 (apart) " in shown
     weights = load_model(tmp_path / "run" / "base.pt").parameters()
     assert 3e6 < sum(weight.numel() for weight in weights) < 6e6
 

@@ -1,0 +1,82 @@
+"""A look at held-out problems while a model learns: numbers for the log, and a few completions,
+token by token, for looks.jsonl."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from data import TASKS
+from data.problem import Problem, stream
+from data.tokenizer import Tokenizer
+from kit.evaluate import mean, mean_measures, mean_think_tokens
+from kit.metrics import Rewards
+from kit.run import Run
+from model import Transformer
+from rewards import is_right
+from sample import Rollout, complete, decode_completions, tokenizer_of
+
+SHOWN = 3  # problems of a look that looks.jsonl shows
+
+
+def look(
+    run: Run,
+    model: Transformer,
+    problems: list[Problem],
+    reward: Callable,
+    advantage: Callable,
+    *,
+    group_size: int,
+    limit: int,
+    seed: int,
+) -> tuple[Rollout, dict[str, float]]:
+    """`group_size` completions of each problem, of at most `limit` tokens, with the same noise at
+    each look; and their numbers for the log: accuracy, where there is a rule, and measures of
+    thinking. `reward` and `advantage` are those of the training."""
+    how = {"group_size": group_size, "max_new_tokens": limit}
+    rollout = complete(model, problems, seed=stream(seed, "noise of a look").getrandbits(63), **how)
+    tokenizer = tokenizer_of(model)
+    texts = decode_completions(rollout, tokenizer)
+    rewards = reward(problems, rollout, run.step)
+    advantages = advantage(rewards, rollout)
+    run.look({"problems": told(problems, rollout, texts, rewards, advantages, SHOWN, tokenizer)})
+    run.tell(f"{problems[0].expression}: {texts[0]}")
+    groups = [texts[i : i + group_size] for i in range(0, len(texts), group_size)]
+    right = mean([is_right(text, p) for p, group in zip(problems, groups) for text in group])
+    numbers = {"think_tokens": mean_think_tokens(texts, tokenizer)}
+    numbers |= mean_measures(problems, groups)
+    return rollout, numbers if right is None else {"held_out_accuracy": right, **numbers}
+
+
+def told(
+    problems: list[Problem],
+    rollout: Rollout,
+    texts: list[str],
+    rewards: Rewards,
+    advantages: Tensor,
+    count: int,
+    tokenizer: Tokenizer,
+) -> list[dict]:
+    """What a rollout says to the first `count` problems, token by token, as looks.jsonl holds
+    it."""
+    G = len(texts) // len(problems)
+    by_token = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(rollout.mask)
+
+    def completion(row: int, problem: Problem) -> dict:
+        said = slice(rollout.starts[row], rollout.ends[row])
+        return {
+            "tokens": [tokenizer.decode([token]) for token in rollout.tokens[row, said].tolist()],
+            "logps": [round(x, 4) for x in rollout.logps[row, said].tolist()],
+            "entropy": [round(x, 4) for x in rollout.entropy[row, said].tolist()],
+            "rewards": {name: round(values[row].item(), 4) for name, values in rewards.items()},
+            "measures": TASKS[problem.task].measures(problem, texts[row]),
+            "advantage": [round(x, 4) for x in by_token[row, said].tolist()],
+        }
+
+    return [
+        {
+            "prompt": problem.prompt,
+            "answer": problem.answer,
+            "completions": [completion(row, problem) for row in range(i * G, (i + 1) * G)],
+        }
+        for i, problem in enumerate(problems[:count])
+    ]
