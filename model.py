@@ -15,10 +15,12 @@ import io
 import math
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn as nn
@@ -184,7 +186,8 @@ class Transformer(nn.Module):
         angle = torch.arange(config.max_seq_len)[:, None] * frequency  # (max_seq_len, head_dim / 2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        self.init_weights()
+        if not angle.is_meta:  # there, shapes are all that is asked for
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0, pieces: Sequence[bytes] | None = None) -> None:
@@ -277,21 +280,37 @@ def load_tensors(path: str | Path, device: str = "cpu") -> dict:
     """Read what `save_tensors` wrote. Nothing in the file is run. Raises ValueError where the
     file is missing, damaged by so much as a bit, or holds anything but tensors and plain data. The
     message is one line, and names the file."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        folder = f"a folder, not a model file such as {path}/base.pt"
+        reason = folder if os.path.isdir(path) else "there is no such file"
+        raise ValueError(f"{path}: {reason}")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} does not fit its content")
-        return torch.load(path, map_location=device, weights_only=True)
+        with open(path, "rb") as file:
+            check_archive(file)
+            file.seek(0)
+            return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         reason = "holds more than tensors and plain data, and so might run code"
         raise ValueError(f"{path}: {reason}") from None
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, not a model file such as {path}/base.pt") from None
     except Exception as error:  # zipfile and torch.load raise a dozen types on damaged files
         reason = f"damaged, or not a file of this project ({one_line(error)})"
         raise ValueError(f"{path}: {reason}") from None
+
+
+def check_archive(file: BinaryIO) -> None:
+    """Raise an error unless the file is one zip archive as torch.save writes it, from its first
+    byte to its last, and every checksum fits. torch.load looks at none of this."""
+    end = struct.Struct("<4s16xH")  # the last record, and how long the comment behind it is
+    size = file.seek(-end.size, os.SEEK_END) + end.size
+    last = end.unpack(file.read())
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if last != (b"PK\5\6", 0) or entries[0].header_offset:
+            raise ValueError("there is something before or behind its archive")
+        if sum(entry.file_size for entry in entries) > size:
+            raise ValueError("it is compressed, and would be larger than it is")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} does not fit its content")
 
 
 def one_line(error: Exception) -> str:
@@ -309,7 +328,12 @@ def load_model(path: str | Path, device: str = "cpu") -> Transformer:
     do not fit the config or are not finite."""
     saved = load_tensors(path, device)
     try:
-        model = Transformer(ModelConfig(**saved["config"])).to(device)
+        config, weights = ModelConfig(**saved["config"]), saved["weights"]
+        if config.n_layer > len(weights):
+            raise ValueError(f"{config.n_layer} layers of {len(weights)} weights")
+        with torch.device("meta"):  # no memory: the config may ask for any size, the file may not
+            check_weights(weights, Transformer(config))
+        model = Transformer(config).to(device)
     except Exception as error:
         raise ValueError(f"{path}: holds no model that fits together ({one_line(error)})") from None
     set_weights(path, model, saved)
@@ -328,8 +352,21 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
 def set_weights(path: str | Path, model: nn.Module, saved: dict) -> None:
     """The part that `load_model` and `load_weights` share. Raises ValueError as they do."""
     try:
+        check_weights(saved["weights"], model)
         model.load_state_dict(saved["weights"])
     except Exception as error:
         raise ValueError(f"{path}: holds no model that fits together ({one_line(error)})") from None
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError(f"{path}: holds weights that are NaN or infinite")
+
+
+def check_weights(weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise an error unless the weights have the names, shapes and dtypes of a model's, each number
+    in a place of its own."""
+    found, wanted = (
+        {name: (*x.shape, x.stride(), x.dtype) for name, x in state.items()}
+        for state in (weights, model.state_dict())
+    )
+    for name in found | wanted:
+        if found.get(name) != wanted.get(name):
+            raise ValueError(f"{name} is {found.get(name)}, not {wanted.get(name)}")

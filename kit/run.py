@@ -36,7 +36,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kit.flags import refuse
-from model import load_tensors, load_weights, one_line, save_model, save_tensors, write_whole
+from model import (
+    check_weights,
+    load_tensors,
+    load_weights,
+    one_line,
+    save_model,
+    save_tensors,
+    write_whole,
+)
 
 try:
     import fcntl
@@ -420,7 +428,8 @@ def set_state(
         for i, kept in moments.items():  # load_state_dict looks at no shape
             kinds.add(tuple(kept))
             fits = (torch.Size(), weights[i].shape)
-            if not all(m.shape == fits[key != "step"] for key, m in kept.items()):
+            shapes = all(m.shape == fits[key != "step"] for key, m in kept.items())
+            if not shapes or {m.dtype for m in kept.values()} != {weights[i].dtype}:
                 raise ValueError(f"{name} is not one of these weights")
         if len(moments) != found["count"] or len(kinds) > 1:
             raise ValueError(f"{name} is not whole")
@@ -429,10 +438,11 @@ def set_state(
         }
         x.load_state_dict({"state": moments, "param_groups": x.state_dict()["param_groups"]})
     elif isinstance(x, Tensor):
-        if found.shape != x.shape:
-            raise ValueError(f"{name} has the shape {tuple(found.shape)}")
+        if (found.shape, found.dtype) != (x.shape, x.dtype):
+            raise ValueError(f"{name} has the shape {tuple(found.shape)} and {found.dtype}")
         x.copy_(found)
     else:
+        check_weights(found, x)
         x.load_state_dict(found)
 
 

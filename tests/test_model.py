@@ -1,6 +1,8 @@
 """The transformer and its cache: two ways to compute one function."""
 
 import os
+import signal
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -318,6 +320,37 @@ def damaged_files(folder):
     yield "unknown_field.pt", {"config": {**config, "dropout": 0.1}, "weights": weights}
     yield "not_a_number.pt", {"config": config, "weights": broken}
     yield "code.pt", {"config": config, "weights": Trap()}
+    for size in ("n_layer", "d_model", "d_ff", "n_head", "vocab_size", "max_seq_len"):
+        for number in (-1, 0, 10**9, 10**30):
+            huge = {**config, size: number}
+            yield f"{size}_{number}.pt", {"config": huge, "weights": weights}
+    thin = {name: torch.zeros(()).expand(weight.shape) for name, weight in weights.items()}
+    yield "one_number.pt", {"config": config, "weights": thin}
+    for dtype in (torch.complex64, torch.int32, torch.bool):
+        cast = {name: weight.to(dtype) for name, weight in weights.items()}
+        yield f"{dtype}.pt", {"config": config, "weights": cast}
+    yield "before.pt", b"#!/bin/sh\n" + content
+    yield "behind.pt", content + b"\0"
+    yield "twice.pt", content + content
+    with zipfile.ZipFile(good, "a") as archive:  # 32 MB of zeros in a file of a hundred kB
+        archive.writestr("archive/data/zeros", bytes(2**25), zipfile.ZIP_DEFLATED)
+    yield "bomb.pt", good.read_bytes()
+
+
+class TookTooLong(BaseException):
+    """Not an Exception: the code under test catches these."""
+
+
+@pytest.fixture
+def ten_seconds():
+    def stop(number, frame):
+        raise TookTooLong
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
 
 
 def load_other_weights(path):
@@ -325,7 +358,11 @@ def load_other_weights(path):
 
 
 @pytest.mark.parametrize("load", [load_model, load_other_weights])
-def test_files_that_are_no_models_are_refused_in_one_line(load, tmp_path, capfd):
+def test_files_that_are_no_models_are_refused_in_one_line(load, tmp_path, capfd, ten_seconds):
+    """At once, whatever size the config or an archive claims."""
+    os.mkfifo(tmp_path / "pipe.pt")  # nobody writes into it
+    with pytest.raises(ValueError, match=r"pipe\.pt: there is no such file"):
+        load(tmp_path / "pipe.pt")
     for name, content in damaged_files(tmp_path):
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)

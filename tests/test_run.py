@@ -706,6 +706,14 @@ DAMAGE = {
         weights(lambda of: of.update({"norm.weight": torch.ones(3)})),
         NOT,
     ),
+    "complex weights": (
+        weights(lambda of: of.update({"norm.weight": of["norm.weight"] * 1j})),
+        "norm.weight is (16, (1,), torch.complex64), not (16, (1,), torch.float32)",
+    ),
+    "complex moments": (
+        moments(lambda of: of.update(exp_avg=of["exp_avg"] * 1j)),
+        "not one of these weights",
+    ),
     "a weight short": (weights(lambda of: of.pop("norm.weight")), NOT),
     "a model of another shape": (set_setting(d_ff=48), "another shape or vocabulary"),
     "another vocabulary": (change_base, "base.pt: holds a model of another shape or vocabulary"),
