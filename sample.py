@@ -112,6 +112,7 @@ def sample_tokens(
         # always falls on a possible token.
         target = (noise[:, None] * 2.0**24).long() * cumulative[:, -1:] >> 24
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of NaN: in bounds until it is found out
     return tokens, logps.gather(1, tokens[:, None]).squeeze(1), entropy
 
 
@@ -210,7 +211,8 @@ def generate(
     `first_row` is the number of this call's first row, where a large batch is sampled in parts: the
     parts then hold what the whole would have held. `new_cache` and `decode` stand for the functions
     of that name above; kit/captured.py has others. Raises ValueError for an empty prompt, and for a
-    prompt that does not fit the model's context together with `max_new_tokens`.
+    prompt that does not fit the model's context together with `max_new_tokens`; FloatingPointError
+    for a model whose logits are NaN.
     """
     longest, limit = max(map(len, prompts)), model.config.max_seq_len
     if not all(prompts):
@@ -226,6 +228,8 @@ def generate(
     generation = Generation(model, cache, rollout, noise, temperature, eos_id)
     sampled = prefill(generation, prompts)
     decode(generation, sampled, max_new_tokens - 1)
+    if rollout.logps.isnan().any():  # once a rollout: at each token a GPU would be waited for
+        raise FloatingPointError("the model's logits are NaN: a lower learning rate may help")
     width = int(rollout.mask.any(dim=0).nonzero().max()) + 1
     wide = (rollout.tokens, rollout.mask, rollout.logps, rollout.entropy)
     return Rollout(*(x[:, :width] for x in wide), rollout.finished)
@@ -362,7 +366,7 @@ def converse(talk: Talk, flags: argparse.Namespace) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             print(error)
 
 
@@ -392,7 +396,7 @@ def main(arguments: list[str]) -> None:
             print(talk.introduce())
             problem = talk.task.parse(" ".join(flags.problem))
             talk.ask(problem, flags.n, flags.temperature, flags.seed or 0)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         parser.error(str(error))
     if not flags.problem:
         converse(talk, flags)

@@ -9,6 +9,7 @@ import torch
 import sample
 from data import get_tokenizer
 from grpo import token_entropy, token_logps
+from kit.captured import CapturedDecoder
 from model import ModelConfig, Transformer
 from sample import decode_completions, generate, sample_tokens, uniform
 
@@ -205,6 +206,25 @@ def test_prompts_that_cannot_be_continued_are_refused():
         generate(make_model(), [[1] * 30], max_new_tokens=11, eos_id=EOS)
     with pytest.raises(ValueError, match="at least one token"):
         generate(make_model(), [[1], []], max_new_tokens=4, eos_id=EOS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("captured", [False, True])
+def test_logits_that_are_nan_end_a_rollout(temperature, captured):
+    """Weights that are finite can give them. No token out of bounds is drawn on the way: on a GPU
+    that would end more than the rollout."""
+    model, seen = make_model().float(), []
+    with torch.no_grad():
+        for block in model.blocks:
+            block.feed_forward.up.weight *= 1e30
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    model.embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    how = {"max_new_tokens": 5, "temperature": temperature, "eos_id": EOS}
+    sampler = CapturedDecoder(model, 4, 12).generate if captured else generate
+    with pytest.raises(FloatingPointError, match="the model's logits are NaN") as error:
+        sampler(model, PROMPTS, **how)
+    assert "\n" not in str(error.value)
+    assert len(seen) == 5 and all((0 <= x).all() and (x < 7).all() for x in seen)
 
 
 def test_completions_are_decoded_without_prompt_and_end_token():

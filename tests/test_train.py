@@ -684,6 +684,15 @@ def test_a_loss_that_is_not_finite_stops_pretraining(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "run").glob("*.pt")] == ["last.pt"]
 
 
+def test_a_model_whose_logits_are_nan_stops_the_run(tmp_path, capsys):
+    """In one line, though each of its weights is finite: in train.py and in sample.py."""
+    flags = [*SMALL_RUN, "--pretrain_steps=1", "--pretrain_lr=1e13", f"--out={tmp_path / 'run'}"]
+    assert re.match("train.py: the model's logits are NaN: a lower learning", stopped(flags, capsys))
+    with pytest.raises(SystemExit):
+        sample.main(["7 + 8", "--checkpoint", str(tmp_path / "run" / "base.pt")])
+    assert "sample.py: error: the model's logits are NaN" in capsys.readouterr().err
+
+
 def test_the_gpu_preset_runs_on_a_cpu(tmp_path, capsys):
     """In float32, which it says; a few steps of it."""
     flags = ["--pretrain_steps=2", "--steps=2", "--prompts=4", "--group_size=4", "--eval_samples=8"]
