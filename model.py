@@ -219,7 +219,21 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T - first, V) for what follows each of `tokens` (B, T) int64 from column
-        `first` on, in float32 at least. Raises ValueError for more tokens than the context holds.
+        `first` on, in float32 at least. Takes and raises what `hidden` does."""
+        x = self.hidden(tokens, cache, first, positions)
+        # Outside of autocast: bfloat16 would be off by a hundredth at logits of 5.
+        return at_least_float32(F.linear(x, self.embedding.weight))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        first: int = 0,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """What the output layer reads, (B, T - first, d_model): each of `tokens` (B, T) int64 from
+        column `first` on, in the light of those before it. Raises ValueError for more tokens than
+        the context holds.
 
         Without a cache, rows start at position 0, or have the `positions` (B, T) int64, and are
         right-padded: attention is causal, so padding never reaches a real token. With a cache, the
@@ -247,10 +261,35 @@ class Transformer(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             for block in self.blocks:
                 x = block(x, angles, positions, mask, cache)
-        x = self.norm(x[:, first:])
-        # Outside of autocast: bfloat16 would be off by a hundredth at logits of 5.
-        logits = F.linear(x, self.embedding.weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.norm(x[:, first:])
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class ScalarModel(nn.Module):
+    """One number at each position: the trunk of a Transformer under a linear head. A reward model's
+    number is a score, a value model's an expected return.
+
+    The head starts at 0, and so does every output. The trunk starts as a Transformer's does;
+    `model.trunk.load_state_dict(policy.state_dict())` starts it from a policy. Blocks multiply in
+    bfloat16 where `model.trunk.in_bfloat16` says so. Raises ValueError as a Transformer does.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.trunk = Transformer(config)
+        self.head = nn.Linear(config.d_model, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Tensor, first: int = 0, positions: Tensor | None = None) -> Tensor:
+        """(B, T - first), in float32 at least: the number at column t has read `tokens` (B, T)
+        int64 up to column t, and t itself. Takes and raises what `Transformer.hidden` does."""
+        x = self.trunk.hidden(tokens, first=first, positions=positions)
+        return at_least_float32(self.head(x).squeeze(-1))
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
@@ -323,17 +362,18 @@ def save_model(path: str | Path, model: nn.Module) -> None:
     save_tensors(path, {"config": asdict(model.config), "weights": model.state_dict()})
 
 
-def load_model(path: str | Path, device: str = "cpu") -> Transformer:
-    """Read what `save_model` wrote. Raises ValueError as `load_tensors` does, and for weights that
-    do not fit the config or are not finite."""
+def load_model(path: str | Path, device: str = "cpu", kind: type = Transformer) -> nn.Module:
+    """Read what `save_model` wrote of a model of this kind, Transformer or ScalarModel. Raises
+    ValueError as `load_tensors` does, for the other kind, and for weights that do not fit the
+    config or are not finite."""
     saved = load_tensors(path, device)
     try:
         config, weights = ModelConfig(**saved["config"]), saved["weights"]
         if config.n_layer > len(weights):
             raise ValueError(f"{config.n_layer} layers of {len(weights)} weights")
         with torch.device("meta"):  # no memory: the config may ask for any size, the file may not
-            check_weights(weights, Transformer(config))
-        model = Transformer(config).to(device)
+            check_weights(weights, kind(config))
+        model = kind(config).to(device)
     except Exception as error:
         raise ValueError(f"{path}: holds no model that fits together ({one_line(error)})") from None
     set_weights(path, model, saved)

@@ -1,5 +1,6 @@
 """The transformer and its cache: two ways to compute one function."""
 
+import copy
 import os
 import signal
 import zipfile
@@ -14,6 +15,7 @@ from model import (
     ROTARY_BASE,
     KVCache,
     ModelConfig,
+    ScalarModel,
     Transformer,
     load_model,
     load_weights,
@@ -435,3 +437,66 @@ def test_positions_and_a_cache_are_not_given_together():
     cache = KVCache(CONFIG, 1, 4, like=model.embedding.weight)
     with pytest.raises(ValueError, match="give none"):
         model(torch.tensor([[1]]), cache, positions=torch.tensor([[0]]))
+
+
+# ------------------------------------------------------------------------------------ scalar models
+
+
+def scalar_model(trunk):
+    """A scalar model on a copy of this trunk, whose head is the output layer's row of token 7."""
+    model = ScalarModel(trunk.config).to(trunk.embedding.weight.dtype)
+    model.trunk.load_state_dict(trunk.state_dict())
+    model.trunk.in_bfloat16 = trunk.in_bfloat16
+    model.head.weight.data.copy_(trunk.embedding.weight[7:8])
+    return model
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize("how", [{}, {"first": 3}, {"positions": torch.arange(14).view(2, 7)}])
+def test_a_scalar_model_reads_what_the_output_layer_reads(model, how, in_bfloat16):
+    """One trunk, normed once: with a token's row of the embedding for its head, its numbers are
+    that token's logits. A bias shifts them all."""
+    model, tokens = model.float(), random_tokens(2, 7)
+    model.in_bfloat16 = in_bfloat16
+    scalar = scalar_model(model)
+    found, expected = scalar(tokens, **how), model(tokens, **how)[..., 7]
+    assert found.dtype == torch.float32 and found.shape == (2, 7 - how.get("first", 0))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    scalar.head.bias.data.fill_(0.5)
+    torch.testing.assert_close(scalar(tokens, **how), expected + 0.5, rtol=0, atol=1e-6)
+
+
+def test_a_new_scalar_model_says_0_and_its_head_can_learn():
+    """In float32, though the weights are bfloat16. The first gradient reaches the head alone: the
+    head lets it through to the trunk once it is not 0."""
+    model = ScalarModel(CONFIG).bfloat16()
+    found = model(random_tokens(2, 5))
+    assert found.dtype == torch.float32 and not found.any()
+    (found - 1).square().sum().backward()
+    assert model.head.weight.grad.any() and model.head.bias.grad.any()
+    assert not model.trunk.embedding.weight.grad.any()
+
+
+def test_a_scalar_models_trunk_is_a_copy(model):
+    """The policy is not trained when the value model is."""
+    scalar, before = scalar_model(model.float()), copy.deepcopy(model.state_dict())
+    for weight in scalar.parameters():
+        weight.data.add_(1.0)
+    torch.testing.assert_close(model.state_dict(), before, **EXACTLY)
+
+
+@pytest.mark.parametrize("kind", [Transformer, ScalarModel])
+def test_a_model_of_each_kind_comes_back_as_its_own_kind_alone(kind, model, tmp_path):
+    """As the other kind its file is refused, in one line. train.py and sample.py ask for a
+    Transformer, so neither can take a reward model for a policy."""
+    path, saved = tmp_path / "model.pt", model if kind is Transformer else scalar_model(model)
+    save_model(path, saved.float())
+    same, other = kind(CONFIG), (ScalarModel if kind is Transformer else Transformer)(CONFIG)
+    load_weights(path, same)
+    for found in (load_model(path, kind=kind), same):
+        torch.testing.assert_close(found.state_dict(), saved.state_dict(), **EXACTLY)
+    complaint = rf"model\.pt: .*\(it is no {type(other).__name__}\)$"
+    with pytest.raises(ValueError, match=complaint):
+        load_weights(path, other)
+    with pytest.raises(ValueError, match=complaint):
+        load_model(path, **{"kind": ScalarModel} if kind is Transformer else {})
