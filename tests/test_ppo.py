@@ -1,0 +1,484 @@
+"""The mathematics of rlhf/ppo.py against loops that a reader can check, in float64; the mistakes
+that no crash tells of; and the stage."""
+
+import math
+
+import pytest
+import torch
+
+from grpo import loss_normalizer, policy_loss
+from model import ModelConfig, ScalarModel
+from rlhf.ppo import explained_variance, gae, token_rewards, value_loss, values_of, whiten
+
+CLOSE = {"rtol": 0, "atol": 1e-10}
+EXACTLY = {"rtol": 0, "atol": 0}
+SETTINGS = [(gamma, lam) for gamma in (1.0, 0.9) for lam in (0.0, 0.5, 0.95, 1.0)]
+
+
+def random_batch(seed=0, B=6, T=9):
+    """Rewards and values of each token, and a ragged mask: a row of one token, a full row, a row
+    with a gap. Outside the mask lies junk."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values, other = torch.randn(3, B, T, generator=generator, dtype=torch.float64)
+    lengths, starts = torch.tensor([1, T - 1, 2, 3, T - 3, T - 2]), torch.tensor([3, 1, 2, 1, 2, 2])
+    position = torch.arange(T)
+    mask = (position >= starts[:, None]) & (position < (starts + lengths)[:, None])
+    mask[4, 4] = False
+    for x, junk in zip((rewards, values, other), (math.nan, math.inf, -math.inf)):
+        x[~mask] = junk
+    return rewards, values, other, mask
+
+
+def sampled(mask, row):
+    """The positions of a row's tokens."""
+    return [t for t in range(mask.shape[1]) if mask[row, t]]
+
+
+def gae_by_loops(rewards, values, mask, gamma, lam):
+    """Equation 16 as it is written: each advantage is a sum of all TD errors to come."""
+    advantages = torch.zeros_like(values)
+    for row in range(len(mask)):
+        steps = sampled(mask, row)
+        r, v = [rewards[row, t] for t in steps], [values[row, t] for t in steps]
+        v_next = [*v[1:], 0.0]
+        errors = [r[i] + gamma * v_next[i] - v[i] for i in range(len(steps))]
+        for i, t in enumerate(steps):
+            advantages[row, t] = sum((gamma * lam) ** (j - i) * errors[j] for j in range(i, len(r)))
+    return advantages
+
+
+def value_loss_by_loops(values, old_values, returns, mask, clip=0.2):
+    losses = []
+    for row in range(len(mask)):
+        for t in sampled(mask, row):
+            v, old, target = values[row, t], old_values[row, t], returns[row, t]
+            clipped = old + min(max(v - old, v.new_tensor(-clip)), v.new_tensor(clip))
+            losses.append(0.5 * max((v - target) ** 2, (clipped - target) ** 2))
+    return sum(losses) / len(losses)
+
+
+def wider(x, junk):
+    """The same rows with one more column of padding."""
+    return torch.cat([x, torch.full((len(x), 1), junk, dtype=x.dtype)], dim=1)
+
+
+def scalar_model(seed=0):
+    """A random one, in float64, whose head is not 0."""
+    model = ScalarModel(ModelConfig(11, 2, 2, 1, d_model=16, d_ff=24, max_seq_len=12)).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.3 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+# --------------------------------------------------------------------------------- advantages
+
+
+@pytest.mark.parametrize(("gamma", "lam"), SETTINGS)
+def test_advantages_and_returns_equal_equation_16(gamma, lam):
+    rewards, values, _, mask = random_batch()
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    expected = gae_by_loops(rewards, values, mask, gamma, lam)
+    torch.testing.assert_close(advantages, expected, **CLOSE)
+    torch.testing.assert_close(returns[mask], (expected + values)[mask], **CLOSE)
+    assert not advantages[~mask].any() and not returns[~mask].any()
+
+
+def test_at_lambda_1_values_cancel_but_for_the_first():
+    """Equation 18: the sum of the rewards to come, less V. So returns do not depend on values."""
+    rewards, values, other, mask = random_batch()
+    advantages, returns = gae(rewards, values, mask, lam=1.0)
+    to_come = torch.zeros_like(values)
+    for row in range(len(mask)):
+        steps = sampled(mask, row)
+        for i, t in enumerate(steps):
+            to_come[row, t] = sum(rewards[row, u] for u in steps[i:])
+    torch.testing.assert_close(returns, to_come, **CLOSE)
+    torch.testing.assert_close(advantages[mask], (to_come - values)[mask], **CLOSE)
+    torch.testing.assert_close(gae(rewards, other, mask, lam=1.0)[1], to_come, **CLOSE)
+
+
+def test_at_lambda_0_the_advantage_is_the_td_error():
+    """Equation 17."""
+    rewards, values, _, mask = random_batch()
+    errors = torch.zeros_like(values)
+    for row in range(len(mask)):
+        steps = sampled(mask, row)
+        for t, after in zip(steps, [*steps[1:], None]):
+            ahead = 0.0 if after is None else 0.9 * values[row, after]
+            errors[row, t] = rewards[row, t] + ahead - values[row, t]
+    torch.testing.assert_close(gae(rewards, values, mask, gamma=0.9, lam=0.0)[0], errors, **CLOSE)
+
+
+def test_a_value_that_knows_the_return_leaves_no_advantage():
+    rewards, values, _, mask = random_batch()
+    _, returns = gae(rewards, values, mask, lam=1.0)
+    for lam in (0.0, 0.95, 1.0):
+        advantages, _ = gae(rewards, returns, mask, lam=lam)
+        torch.testing.assert_close(advantages, torch.zeros_like(advantages), **CLOSE)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+def test_padding_and_other_rows_change_no_advantage(lam):
+    rewards, values, _, mask = random_batch()
+    expected = gae(rewards, values, mask, lam=lam)
+    more = gae(wider(rewards, 7.0), wider(values, 7.0), wider(mask, False), lam=lam)
+    parts = [
+        gae(rewards[i : i + 2], values[i : i + 2], mask[i : i + 2], lam=lam) for i in (0, 2, 4)
+    ]
+    for found, padded, *part in zip(expected, more, *parts):
+        torch.testing.assert_close(padded, wider(found, 0.0), **EXACTLY)
+        torch.testing.assert_close(torch.cat(part), found, **EXACTLY)
+
+
+def test_no_gradient_flows_through_advantages_and_returns():
+    rewards, values, _, mask = random_batch()
+    found = gae(rewards.requires_grad_(), values.requires_grad_(), mask)
+    assert not any(x.requires_grad for x in found)
+
+
+# ------------------------------------------------------------------------------ rewards of tokens
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_token_pays_its_kl_and_the_last_one_earns_the_reward(beta):
+    """Token by token: the prices of a row add up to beta times its log-ratio."""
+    logps, ref_logps, _, mask = random_batch()
+    rewards = torch.randn(6, dtype=torch.float64)
+    found = token_rewards(rewards, logps, ref_logps if beta else None, mask, beta)
+    expected = torch.zeros_like(logps)
+    for row in range(6):
+        steps = sampled(mask, row)
+        for t in steps:
+            expected[row, t] = -beta * (logps[row, t] - ref_logps[row, t])
+        expected[row, steps[-1]] += rewards[row]
+    torch.testing.assert_close(found, expected, **CLOSE)
+    log_ratio = (logps - ref_logps).masked_fill(~mask, 0.0).sum(dim=1)
+    torch.testing.assert_close(found.sum(dim=1), rewards - beta * log_ratio, **CLOSE)
+
+
+def test_no_gradient_flows_through_rewards():
+    logps, ref_logps, _, mask = random_batch()
+    parts = [torch.ones(6).double(), logps, ref_logps]
+    found = token_rewards(*(x.requires_grad_() for x in parts), mask, 0.1)
+    assert not found.requires_grad
+
+
+# ------------------------------------------------------------------------------------- whitening
+
+
+def test_whitened_numbers_have_mean_0_and_deviation_1():
+    """Over all tokens of the mask together; nothing outside counts."""
+    x, _, _, mask = random_batch()
+    x = 3 * x + 5
+    found, inside = whiten(x, mask), [x[row, t] for row in range(6) for t in sampled(mask, row)]
+    mean = sum(inside) / len(inside)
+    deviation = (sum((y - mean) ** 2 for y in inside) / (len(inside) - 1)) ** 0.5
+    expected = ((x - mean) / deviation).masked_fill(~mask, 0.0)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(
+        whiten(wider(x, 9.0), wider(mask, False)), wider(found, 0.0), **CLOSE
+    )
+    torch.testing.assert_close(whiten(1e-9 * x, mask), found, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_numbers_whiten_to_exactly_0(dtype):
+    """Though the mean of tenths is no tenth. One number alone is equal to itself."""
+    *_, mask = random_batch()
+    x = torch.full(mask.shape, 0.1, dtype=dtype).masked_fill(~mask, math.nan)
+    assert (whiten(x, mask) == 0).all()
+    assert (whiten(x[:1], mask[:1]) == 0).all() and mask[:1].sum() == 1
+
+
+# ------------------------------------------------------------------------- the value model's loss
+
+
+def value_batch(requires_grad=True):
+    """Values that moved to both sides of the clip, towards the returns and away from them."""
+    returns, old_values, other, mask = random_batch(3)
+    values = (old_values + 0.3 * other).masked_fill(~mask, math.nan)
+    return values.requires_grad_(requires_grad), old_values, returns, mask
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.2, math.inf])
+def test_the_value_loss_equals_loops_with_its_gradient(clip):
+    values, old_values, returns, mask = value_batch()
+    loss = value_loss(values, old_values, returns, mask, clip=clip)
+    (found,) = torch.autograd.grad(loss, values)
+    right = value_loss_by_loops(values, old_values, returns, mask, clip)
+    (expected,) = torch.autograd.grad(right, values)
+    torch.testing.assert_close(loss, right, **CLOSE)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert found.any() and not found[~mask].any()
+    if clip == math.inf:
+        error = (values - returns)[mask] / mask.sum()
+        torch.testing.assert_close(found[mask], error, **CLOSE)
+
+
+def test_the_value_losss_gradient_equals_finite_differences():
+    values, old_values, returns, mask = value_batch()
+    (found,) = torch.autograd.grad(value_loss(values, old_values, returns, mask), values)
+    zeros, step = 0, 1e-6
+    for row in range(6):
+        for t in sampled(mask, row):
+            ends = []
+            for sign in (1, -1):
+                moved = values.detach().clone()
+                moved[row, t] += sign * step
+                ends.append(value_loss(moved, old_values, returns, mask))
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert found[row, t].item() == pytest.approx(slope.item(), abs=1e-7)
+            zeros += slope == 0
+    assert 0 < zeros < mask.sum() / 2, "the clip must bind somewhere"
+
+
+@pytest.mark.parametrize("parts", [[6], [1, 2, 3], [1] * 6])
+def test_micro_batches_and_padding_change_no_value_loss(parts):
+    """Divided by the tokens of the step, gradients of micro-batches add up."""
+    given = value_batch()
+    values, mask = given[0], given[-1]
+    loss = value_loss(*given)
+    (expected,) = torch.autograd.grad(loss, values)
+    total = 0.0
+    for part in torch.arange(6).split(parts):
+        rows = [wider(x[part], False if x is mask else math.nan) for x in given]
+        total = total + value_loss(*rows, normalizer=int(mask.sum()))
+    torch.testing.assert_close(total, loss, **CLOSE)
+    torch.testing.assert_close(torch.autograd.grad(total, values)[0], expected, **CLOSE)
+
+
+def test_no_gradient_flows_into_old_values_and_returns():
+    values, old_values, returns, mask = value_batch()
+    value_loss(values, old_values.requires_grad_(), returns.requires_grad_(), mask).backward()
+    assert values.grad.any() and old_values.grad is None and returns.grad is None
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_value_is_the_models_number_one_place_to_the_left(first):
+    model, tokens = scalar_model(), torch.randint(0, 11, (2, 8))
+    found, numbers = values_of(model, tokens, first), model(tokens)
+    assert found.shape == (2, 8 - first) and not found[:, 0].any()
+    torch.testing.assert_close(found[:, 1:], numbers[:, first:-1], **CLOSE)
+
+
+def test_explained_variance_is_1_for_the_truth_and_0_for_the_mean():
+    """Below 0 for values that mislead. A constant error does not count."""
+    returns, _, _, mask = random_batch()
+    inside = returns[mask]
+    mean = torch.full_like(returns, inside.mean().item())
+    for values, expected in ((returns, 1), (returns + 3, 1), (mean, 0), (-returns, -3)):
+        found = explained_variance(values, returns, mask)
+        assert found.item() == pytest.approx(expected, abs=1e-10)
+    noise = torch.randn(returns.shape, dtype=torch.float64)
+    error = inside - noise[mask]
+    by_hand = 1 - ((error - error.mean()) ** 2).sum() / ((inside - inside.mean()) ** 2).sum()
+    assert explained_variance(noise, returns, mask).item() == pytest.approx(by_hand.item())
+    assert explained_variance(noise, torch.ones_like(returns), mask) == 0
+
+
+# -------------------------------------------------------------------------------- the policy's loss
+
+
+def test_the_clipped_loss_with_a_mean_over_tokens_is_grpos():
+    """Schulman et al. 2017, eq. 7, as a plain loop: a row of grpo.VARIANTS with PPO's clip."""
+    logps, old_logps, advantages, mask = random_batch(1)
+    logps = (old_logps + 0.5 * logps).requires_grad_()
+    losses = []
+    for row in range(6):
+        for t in sampled(mask, row):
+            ratio, A = torch.exp(logps[row, t] - old_logps[row, t]), advantages[row, t]
+            losses.append(-torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A))
+    expected = sum(losses) / len(losses)
+    how = {"old_logps": old_logps, "variant": "dapo", "clip_high": 0.2}
+    loss, metrics = policy_loss(logps, advantages, mask, **how)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    (found,), (right,) = (torch.autograd.grad(x, logps) for x in (loss, expected))
+    torch.testing.assert_close(found, right, **CLOSE)
+    assert metrics["clip_low"] > 0 and metrics["clip_high"] > 0
+    assert loss_normalizer(mask, "dapo") == len(losses)
+
+
+# --------------------------------------------------------------------------------- silent mistakes
+# Each check passes for what rlhf/ppo.py does, and fails on a wrong variant that runs without error
+# and that others have published.
+
+
+def critic_learns(value_loss=value_loss, gae=gae):
+    """The gradient pulls each value towards its return, at each token."""
+    rewards, values, _, mask = random_batch()
+    values.requires_grad_()
+    _, returns = gae(rewards, values, mask, lam=0.95)
+    loss = value_loss(values, values.detach(), returns, mask)
+    assert loss.requires_grad
+    (found,) = torch.autograd.grad(loss, values, allow_unused=True)
+    expected = -gae_by_loops(rewards, values, mask, 1.0, 0.95)[mask] / mask.sum()
+    torch.testing.assert_close(found[mask], expected.detach(), **CLOSE)
+
+
+def detached_values(values, old_values, returns, mask):
+    return value_loss(values.detach(), old_values, returns, mask)
+
+
+def live_returns(rewards, values, mask, lam):
+    """The value is its own target: the gradient is exactly 0, whatever the rewards."""
+    advantages, _ = gae(rewards, values, mask, lam=lam)
+    return advantages, advantages + values
+
+
+def undetached_loss(values, old_values, returns, mask):
+    return 0.5 * ((values - returns)[mask] ** 2).mean()
+
+
+def value_is_read_before_the_token(values_of=values_of):
+    """A token changes the values of later tokens alone, and of the next one surely."""
+    model, tokens = scalar_model(), torch.randint(0, 11, (1, 8))
+    before = values_of(model, tokens)
+    for t in range(8):
+        other = tokens.clone()
+        other[0, t] = (tokens[0, t] + 1) % 11
+        changed = (values_of(model, other) != before)[0]
+        assert not changed[: t + 1].any() and changed[t + 1 : t + 2].all()
+
+
+def values_after_the_token(model, tokens):
+    return model(tokens)
+
+
+def nothing_is_expected_after_the_end(gae=gae):
+    """The last advantage is reward less value, whatever lies behind it."""
+    rewards, values, _, mask = random_batch()
+    values, rewards = values.masked_fill(~mask, 0.7), rewards.masked_fill(~mask, 0.0)
+    advantages, _ = gae(rewards, values, mask, lam=0.95)
+    for row in range(6):
+        last = sampled(mask, row)[-1]
+        expected = rewards[row, last] - values[row, last]
+        assert advantages[row, last].item() == pytest.approx(expected.item(), abs=1e-10)
+
+
+def gae_over_the_padding(rewards, values, mask, lam):
+    """The value behind the last token counts, and so do errors in the padding."""
+    advantages, returns = gae(rewards, values, torch.ones_like(mask), lam=lam)
+    return advantages * mask, returns * mask
+
+
+def gae_of_games_without_end(rewards, values, mask, lam):
+    """What a cut row would get, were its end the game's time limit."""
+    rewards = rewards.clone()
+    for row in range(len(mask)):
+        last = sampled(mask, row)[-1]
+        rewards[row, last] += values[row, last]
+    return gae(rewards, values, mask, lam=lam)
+
+
+def returns_are_what_is_earned(gae=gae):
+    """In the units of the reward: the value model is to say what comes, not how unusual it is."""
+    rewards, values, _, mask = random_batch()
+    _, returns = gae(rewards, values, mask, lam=1.0)
+    to_come = gae_by_loops(rewards, torch.zeros_like(values), mask, 1.0, 1.0)
+    torch.testing.assert_close(returns, to_come, **CLOSE)
+
+
+def returns_of_whitened_advantages(rewards, values, mask, lam):
+    advantages = whiten(gae(rewards, values, mask, lam=lam)[0], mask)
+    return advantages, (advantages + values).masked_fill(~mask, 0.0)
+
+
+def whitening_knows_no_padding(whiten=whiten):
+    x, _, _, mask = random_batch()
+    x = x.masked_fill(~mask, 0.0) + 2 * mask
+    found = whiten(x, mask)
+    assert found[mask].mean().item() == pytest.approx(0.0, abs=1e-10)
+    torch.testing.assert_close(whiten(wider(x, 0.0), wider(mask, False)), wider(found, 0.0))
+
+
+def whitened_over_padding(x, mask):
+    return (x - x.mean()) / x.std() * mask
+
+
+def the_clip_holds_no_value_back_from_its_return(value_loss=value_loss):
+    """A value that has moved too far the wrong way is called back, and one that has moved far
+    enough the right way is let alone."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    for moved, target, slope in ((0.5, -1.0, 1.5), (0.5, 1.0, 0.0), (0.1, 1.0, -0.9)):
+        value = (moved * one).requires_grad_()
+        value_loss(value, 0 * one, target * one, one.bool()).backward()
+        assert value.grad.item() == pytest.approx(slope, abs=1e-10)
+
+
+def least_of_both(values, old_values, returns, mask):
+    clipped = old_values + (values - old_values).clamp(-0.2, 0.2)
+    return 0.5 * torch.minimum((values - returns) ** 2, (clipped - returns) ** 2)[mask].mean()
+
+
+MISTAKES = {
+    "the critic's values are detached": (critic_learns, {"value_loss": detached_values}),
+    "the critic is its own target": (
+        critic_learns,
+        {"gae": live_returns, "value_loss": undetached_loss},
+    ),
+    "V is read after the token": (
+        value_is_read_before_the_token,
+        {"values_of": values_after_the_token},
+    ),
+    "padding is bootstrapped": (nothing_is_expected_after_the_end, {"gae": gae_over_the_padding}),
+    "cut rows are bootstrapped": (
+        nothing_is_expected_after_the_end,
+        {"gae": gae_of_games_without_end},
+    ),
+    "returns are whitened": (returns_are_what_is_earned, {"gae": returns_of_whitened_advantages}),
+    "padding is whitened": (whitening_knows_no_padding, {"whiten": whitened_over_padding}),
+    "the value clip is a minimum": (
+        the_clip_holds_no_value_back_from_its_return,
+        {"value_loss": least_of_both},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_that_no_crash_tells_of_is_told(name):
+    check, wrong = MISTAKES[name]
+    check()
+    with pytest.raises(AssertionError):
+        check(**wrong)
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+ONE, COLUMN, MASK = torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool)
+ROWS, EMPTY = torch.zeros(2), MASK & (torch.arange(2) == 0)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda: gae(ROWS, ONE, MASK), r"rewards must be \(B, T\), not \(2,\)"),
+        (lambda: gae(ONE, COLUMN, MASK), r"values \(2, 1\) must have the shape of rewards \(2, 3"),
+        (lambda: gae(ONE, ONE, MASK.float()), "mask must be torch.bool, not torch.float32"),
+        (lambda: gae(ONE, ONE.bfloat16(), MASK), "values must be .*, not torch.bfloat16"),
+        (lambda: gae(ONE, ONE, MASK, lam=1.1), "gamma 1.0 and lam 1.1 must be from 0 to 1"),
+        (lambda: gae(ONE, ONE, MASK, gamma=math.nan), "gamma nan"),
+        (lambda: whiten(ONE, MASK[:, :1]), r"mask \(2, 1\) must have the shape of x \(2, 3\)"),
+        (lambda: whiten(ONE, ~MASK), "holds no token"),
+        (lambda: whiten(ONE.long(), MASK), "x must be .*, not torch.int64"),
+        (lambda: value_loss(ONE, ONE, COLUMN, MASK), r"returns \(2, 1\) must have the shape"),
+        (lambda: value_loss(ONE, COLUMN, ONE, MASK), r"old_values \(2, 1\) must have the shape"),
+        (lambda: value_loss(ONE, ONE, ONE, MASK.int()), "mask must be torch.bool"),
+        (lambda: value_loss(ONE, ONE, ONE, ~MASK), "0 tokens: there is nothing"),
+        (lambda: value_loss(ONE, ONE, ONE, MASK, normalizer=0), "0 tokens"),
+        (lambda: value_loss(ONE, ONE, ONE, MASK, clip=-1.0), "clip must be at least 0, not -1.0"),
+        (lambda: token_rewards(ONE, ONE, None, MASK, 0.0), r"rewards must be \(B,\), not \(2, 3\)"),
+        (lambda: token_rewards(ROWS[:1], ONE, None, MASK, 0.0), "a number for each row"),
+        (lambda: token_rewards(ROWS, ONE, COLUMN, MASK, 0.1), r"ref_logps \(2, 1\) must have"),
+        (lambda: token_rewards(ROWS, ONE, None, MASK, 0.1), "beta 0.1 .* needs ref_logps"),
+        (lambda: token_rewards(ROWS, ONE, ONE, MASK, -0.1), "beta -0.1 must be at least 0"),
+        (lambda: token_rewards(ROWS, ONE, ONE, EMPTY, 0.1), "a row of the mask holds no token"),
+        (lambda: explained_variance(ONE, COLUMN, MASK), r"returns \(2, 1\) must have the shape"),
+    ],
+)
+def test_what_would_broadcast_or_mislead_is_refused(call, complaint):
+    with pytest.raises(ValueError, match=complaint) as error:
+        call()
+    assert "\n" not in str(error.value)
