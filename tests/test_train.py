@@ -687,7 +687,9 @@ def test_a_loss_that_is_not_finite_stops_pretraining(tmp_path, capsys):
 def test_a_model_whose_logits_are_nan_stops_the_run(tmp_path, capsys):
     """In one line, though each of its weights is finite: in train.py and in sample.py."""
     flags = [*SMALL_RUN, "--pretrain_steps=1", "--pretrain_lr=1e13", f"--out={tmp_path / 'run'}"]
-    assert re.match("train.py: the model's logits are NaN: a lower learning", stopped(flags, capsys))
+    assert re.match(
+        "train.py: the model's logits are NaN: a lower learning", stopped(flags, capsys)
+    )
     with pytest.raises(SystemExit):
         sample.main(["7 + 8", "--checkpoint", str(tmp_path / "run" / "base.pt")])
     assert "sample.py: error: the model's logits are NaN" in capsys.readouterr().err
