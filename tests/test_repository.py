@@ -70,7 +70,7 @@ def test_the_four_packages_are_pinned():
 @pytest.mark.docs
 def test_commands_of_the_pages_parse(tmp_path, monkeypatch):
     (tmp_path / "out" / "chains-cpu-grpo-seed0").mkdir(parents=True)  # that --resume goes on with
-    saved = {"settings": asdict(train.Config())}
+    saved = {"settings": asdict(train.Config().filled())}
     save_tensors(tmp_path / "out" / "chains-cpu-grpo-seed0" / "last.pt", saved)
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"python (-m [\w.]+|\w+\.py)([^`#\n]*)", README)
