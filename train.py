@@ -34,7 +34,7 @@ from data import TASKS, get_tokenizer
 from data.batches import Batch
 from data.corpus import check_room, document_batches
 from data.problem import Problem, sample_problems, stream
-from data.tokenizer import MAX_STEP, Tokenizer
+from data.tokenizer import Tokenizer
 from grpo import (
     KL_ESTIMATORS,
     VARIANTS,
@@ -45,7 +45,7 @@ from grpo import (
 )
 from kit import flags, metrics
 from kit.captured import CapturedDecoder
-from kit.evaluate import BEYOND, compare_samples, evaluate, held_out_problems, share, table
+from kit.evaluate import compare_samples, evaluate, held_out_problems, share, table
 from kit.look import look
 from kit.metrics import Rewards, check_finite, weight_norm
 from kit.run import Run, multiplies_in_bfloat16, open_run
@@ -114,7 +114,7 @@ class Config:
     }
     RANGES: ClassVar = {  # a field that is not here: from 1 to 2^31 - 1, a float from 0 to 1e30
         "seed": (0, 2**63 - 1), "threads": (1, 1024), "reference_every": (0, 2**31 - 1),
-        "min_level": (0, MAX_STEP - BEYOND), "max_level": (0, MAX_STEP - BEYOND),
+        "min_level": (0, 1000), "max_level": (0, 1000),  # and as far as the task goes
         "max_seq_len": (48, 2**31 - 1), "eval_samples": (8, 2**31 - 1),
         "lr": (1e-12, 1e30), "pretrain_lr": (1e-12, 1e30), "max_grad_norm": (1e-12, 1e30),
         "clip_low": (0, math.inf), "clip_high": (0, math.inf),  # inf: no clip on that side
@@ -137,14 +137,18 @@ class Config:
             raise ValueError(f"--variant {self.variant} {advice}")
         if not self.levels:
             raise ValueError(f"--min_level {self.levels.start} is above --max_level")
-        evaluated = [level for level in self.levels if level not in TASKS[self.task].apart]
+        task = TASKS[self.task]
+        if self.levels[-1] > task.hardest - task.beyond:
+            most = task.hardest - task.beyond
+            raise ValueError(f"--max_level must be at most {most} for {self.task}")
+        evaluated = [level for level in self.levels if level not in task.apart]
         if not evaluated:
             reason = f"{self.task} tells level {self.levels[-1]} apart"
             raise ValueError(f"--max_level must be higher: {reason}")
         if self.pretrain_tokens < self.max_seq_len:
             advice = f"at least --max_seq_len {self.max_seq_len}, or a document may not fit"
             raise ValueError(f"--pretrain_tokens must be {advice}")
-        kinds = len(evaluated) * len(TASKS[self.task].languages)
+        kinds = len(evaluated) * len(task.languages)
         if self.eval_problems < kinds:
             raise ValueError(f"--eval_problems must be at least {kinds}, one for each kind")
         rule_weights(self.rewards)
@@ -517,7 +521,7 @@ def base_model(config: Config, run: Run) -> Transformer:
     shape that does not fit together, or that the task or --init's model does not fit."""
     tokenizer, hardest = get_tokenizer(config.task), config.levels[-1]
     sizes = (config.max_seq_len, config.max_new_tokens)
-    check_room(config.task, hardest, hardest + BEYOND, *sizes)
+    check_room(config.task, hardest, hardest + TASKS[config.task].beyond, *sizes)
     names = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_seq_len")
     shape = {name: getattr(config, name) for name in names}
     words = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}

@@ -5,6 +5,8 @@ A task is a row of TASKS: a frozen dataclass whose fields are its settings, with
     name, example                                       its row; a problem as a person types it
     levels, languages                                   what is asked unless somebody says otherwise
     apart                                               levels that are evaluated on their own
+    beyond                                              how many levels above are evaluated too
+    hardest                                             the highest level that it can ask
     max_seq_len, max_new_tokens                         tokens of a row, of a completion
     words                                               its vocabulary, beside numbers and tags
     problem(rng, level, *, language, held_out) -> Problem
@@ -16,7 +18,7 @@ A task is a row of TASKS: a frozen dataclass whose fields are its settings, with
     measures(problem, completion) -> {name: float}      how it thinks
 
 `problem` is asked for both splits of the trained levels, and for held-out problems of the levels
-`apart` and of the four levels beyond. `is_right` is asked about any text, the empty one too, and
+`apart` and of the levels beyond. `is_right` is asked about any text, the empty one too, and
 never raises. data/chains.py is the task to read, or to copy.
 """
 

@@ -63,6 +63,8 @@ class Chains:
     languages: tuple[str, ...] = ("en",)
     levels: tuple[int, int] = (1, 5)
     apart: tuple[int, ...] = (1,)  # problems of one operation are steps of all others
+    beyond: int = 4
+    hardest: int = MAX_STEP
     max_seq_len: int = 96
     max_new_tokens: int = 64
     example: str = "7 + 8 - 3"

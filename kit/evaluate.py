@@ -15,7 +15,6 @@ from model import Transformer
 from rewards import extract_answer, format_reward, is_right
 from sample import complete, decode_completions, tokenizer_of
 
-BEYOND = 4  # levels above the trained ones that are evaluated too
 PART = 128  # problems answered at a time: it bounds what the cache takes
 
 Answers = list[list[tuple[str, int]]]  # of each problem: each completion's text, and its tokens
@@ -110,9 +109,9 @@ def evaluate(
 ) -> dict:
     """The metrics of a model on held-out problems, at temperature 1 but for "greedy": means over
     `problems` problems of these levels, `samples` completions of each, of at most `limit` tokens.
-    The levels that the task tells "apart" and the four levels "beyond" these have a pass@1 each.
-    What depends on a rule is None where the task has none."""
-    beyond = range(levels[-1] + 1, levels[-1] + 1 + BEYOND)
+    The levels that the task tells "apart" and the levels "beyond" these have a pass@1 each. What
+    depends on a rule is None where the task has none."""
+    beyond = range(levels[-1] + 1, levels[-1] + 1 + TASKS[task].beyond)
     alone = {"apart": [level for level in levels if level in TASKS[task].apart], "beyond": beyond}
 
     def pass_1_at(level: int) -> float | None:

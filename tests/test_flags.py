@@ -130,7 +130,7 @@ ONE_UPDATE = "makes one update a rollout: add --minibatches 1 --inner_epochs 1"
         ("--pretrain_tokens 1", "--pretrain_tokens must be at least --max_seq_len 96"),
         ("--max_level 9 --max_new_tokens 20", "documents of --max_level 9: 102 tokens exceed the"),
         ("--max_level 1 --min_level 1", "--max_level must be higher: chains tells level 1 apart"),
-        ("--max_level 13", "--max_level must be from 0 to 12"),
+        ("--max_level 13", "--max_level must be at most 12 for chains"),
         ("--min_level 6", "--min_level 6 is above --max_level"),
         ("--task sums", "invalid choice: 'sums'"),
         ("--max_seq_len 70", "context of 70"),

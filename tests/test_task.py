@@ -42,6 +42,8 @@ class Sort:
     ruled: bool = True
     words: ClassVar = ("sort", "smallest", "then", "maybe")
     apart: ClassVar = ()
+    beyond: ClassVar = 4
+    hardest: ClassVar = 19
     max_seq_len: ClassVar = 48
     max_new_tokens: ClassVar = 16
 

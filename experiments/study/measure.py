@@ -25,7 +25,7 @@ from data import TASKS
 from data.chains import APPLY, Chains
 from data.languages import LANGUAGES
 from data.problem import Problem, stream
-from kit.evaluate import BEYOND, Answers, grade, held_out_problems, majority_is_right, pass_at_k
+from kit.evaluate import Answers, grade, held_out_problems, majority_is_right, pass_at_k
 from kit.flags import command_line, saved_config
 from kit.run import set_up
 from model import Transformer, write_whole
@@ -349,7 +349,7 @@ def main(arguments: list[str]) -> None:
         parser.error(str(error))
     problems, levels = [], config.levels
     # No problem of level 1 is held out.
-    for level in range(max(2, levels[0]), levels[-1] + BEYOND + 1):
+    for level in range(max(2, levels[0]), levels[-1] + TASKS[config.task].beyond + 1):
         purpose = f"measure {level}"
         problems += held_out_problems(config.task, [level], flags.problems, config.seed, purpose)
     measured = {}
