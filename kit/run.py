@@ -109,8 +109,7 @@ class Run:
                 self.save({"stage": stage, "step": step + 1, "state": states(named)})
             self.leave_if_asked()
         self.check_finite(states(named))
-        with self.writing():
-            save_model(self.folder / f"{stage}.pt", model)
+        self.write_model(f"{stage}.pt", model)
         self.ended.append(stage)
         self.book(stage)
         self.save()
@@ -154,6 +153,11 @@ class Run:
         """Write a file of the run's folder, whole or not at all."""
         with self.writing():
             write_whole(self.folder / name, text.encode())
+
+    def write_model(self, name: str, model: nn.Module) -> None:
+        """Write a model to a file of the run's folder, whole or not at all."""
+        with self.writing():
+            save_model(self.folder / name, model)
 
     def finish(self, result: dict) -> None:
         """Write result.json: the run has ended."""

@@ -47,6 +47,9 @@ class Unsaved:
     def write(self, name, text):
         self.written[name] = text
 
+    def write_model(self, name, model):
+        self.written[name] = model
+
     def finish(self, result):
         self.finished = result
 
