@@ -3,6 +3,10 @@
 N pairs of answers; B rows; T token positions.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin are slow here
+
 import torch
 from torch import Tensor
 

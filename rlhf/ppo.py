@@ -1,6 +1,10 @@
 """Proximal policy optimization (Schulman et al. 2017) as RLHF uses it: the baseline is a value
 model, learned beside the policy.
 
+    python -m rlhf.ppo                          # base model, PPO by rules, evaluation of both
+    python -m rlhf.ppo --init out/RUN/base.pt   # PPO from a base model that is there already
+    python -m rlhf.ppo --help                   # every knob: train.py's, and a few more
+
 Where GRPO compares an output with its group, PPO asks at each token how much better things went
 than the value model had expected. The clipped loss is GRPO's own, `grpo.policy_loss`, with one
 advantage for each token.
@@ -10,14 +14,31 @@ is what the value model expected before it saw the token. B rows; T token positi
 True on sampled tokens; places outside of it may hold anything.
 """
 
+import copy
 import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import ScalarModel
+import train
+from data.problem import stream
+from grpo import VARIANTS
+from kit import flags, metrics
+from kit.evaluate import evaluate
+from kit.metrics import Rewards, check_finite, weight_norm
+from kit.run import Run, open_run
+from model import ScalarModel, Transformer
+from rewards import rule_weights
 from rlhf import check_alike
+from sample import Rollout, tokenizer_of
+from train import micro_batches, optimizer_step
 
 # -------------------------------------------------------------------------------------- equations
 
@@ -159,3 +180,201 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     if len(returns) == 0 or (returns == returns[0]).all():
         return values.new_zeros(())
     return 1 - (returns - values).var() / returns.var()
+
+
+# ------------------------------------------------------------------------------------------- stage
+
+
+@dataclass(frozen=True)
+class Config(train.Config):
+    """Every knob of train.py, and those of the value model."""
+
+    variant: str = "dapo"  # row of grpo.VARIANTS, the objective; PPO's is a mean over tokens
+    clip_high: float | None = 0.2  # the ratio may rise to 1 + this
+    beta: float = 0.0  # price of a nat from the reference, in the reward; 0: no reference at all
+    lam: float = 1.0  # lambda of the advantages
+    value_lam: float = 1.0  # lambda of what the value model learns; 1: the rewards that came
+    whiten: bool = True  # advantages of a rollout get mean 0 and deviation 1
+    value_lr: float = 2e-3  # peak learning rate of the value model
+    value_clip: float = 0.2  # how far a value moves at once, in units of the reward; inf: no clip
+    value_warmup: int = 5  # rollouts at first from which the value model alone learns
+
+    CHOICES: ClassVar = train.Config.CHOICES | {
+        "variant": [name for name, row in VARIANTS.items() if row.clip_low is not None]
+    }
+    RANGES: ClassVar = train.Config.RANGES | {
+        **{"lam": (0, 1), "value_lam": (0, 1), "value_lr": (1e-12, 1e30)},
+        **{"value_clip": (0, math.inf), "value_warmup": (0, 2**31 - 1)},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl != "k3" or self.reference_every:
+            reason = "--kl and --reference_every are GRPO's"
+            raise ValueError(f"{reason}: PPO pays --beta log(pi / base) in its reward")
+
+    def filled(self) -> "Config":
+        out = self.out or f"out/{self.task}-{self.preset}-ppo-seed{self.seed}"
+        return replace(super().filled(), out=out)
+
+
+def value_model(policy: Transformer) -> ScalarModel:
+    """A value model of the policy's size that starts from its trunk, and expects 0 everywhere."""
+    value = ScalarModel(policy.config).to(policy.embedding.weight.device)
+    value.trunk.load_state_dict(policy.state_dict())
+    value.trunk.in_bfloat16 = policy.in_bfloat16
+    return value
+
+
+@torch.no_grad()
+def rollout_values(value: ScalarModel, rollout: Rollout, size: int) -> Tensor:
+    """What the value model expects before each token of a rollout, (B, T)."""
+    values, rows = torch.zeros_like(rollout.logps), np.arange(len(rollout.tokens))
+    for part, columns in micro_batches(rollout, rows, size):
+        tokens = rollout.tokens[part, : columns.stop]
+        values[part, columns] = values_of(value, tokens, columns.start)
+    return values
+
+
+def estimate(
+    config: Config,
+    value: ScalarModel,
+    reference: Transformer | None,
+    rewards: Rewards,
+    rollout: Rollout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each token of a rollout earns, the value before it, and its advantage, (B, T) each. A
+    row that was cut earns what the rules give it, and nothing is expected after it."""
+    mask, ref_logps = rollout.mask, None
+    if reference:
+        rows, how = np.arange(len(mask)), (config.micro_batch, config.temperature)
+        ref_logps = train.rollout_logps(reference, rollout, rows, *how)
+    outcome = rewards["reward"].to(mask.device)
+    earned = token_rewards(outcome, rollout.logps, ref_logps, mask, config.beta)
+    values = rollout_values(value, rollout, config.micro_batch)
+    advantages, _ = gae(earned, values, mask, lam=config.lam)
+    return earned, values, whiten(advantages, mask) if config.whiten else advantages
+
+
+def add_value_gradient(
+    config: Config,
+    value: ScalarModel,
+    rollout: Rollout,
+    old_values: Tensor,
+    returns: Tensor,
+    rows: np.ndarray,
+) -> float:
+    """Add the gradient of these rows' loss to the value model's. Returns the loss. Neither depends
+    on how the rows are cut into micro-batches."""
+    total, how = 0.0, {"clip": config.value_clip, "normalizer": int(rollout.mask[rows].sum())}
+    for part, columns in micro_batches(rollout, rows, config.micro_batch):
+        values = values_of(value, rollout.tokens[part, : columns.stop], columns.start)
+        given = (x[part, columns] for x in (old_values, returns, rollout.mask))
+        loss = value_loss(values, *given, **how)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def minibatches(config: Config, step: int, rows: int) -> Iterator[np.ndarray]:
+    """The rows of each update of a step: each row once in an epoch, in an order of its own."""
+    for epoch in range(config.inner_epochs):
+        order = list(range(rows))
+        stream(config.seed, "minibatches", step * config.inner_epochs + epoch).shuffle(order)
+        yield from np.array_split(order, min(config.minibatches, rows))
+
+
+def ppo(
+    config: Config,
+    run: Run,
+    stage: str,
+    policy: Transformer,
+    base: Transformer,
+    value: ScalarModel,
+    reward: train.Reward,
+    sample: Callable = train.sample,
+) -> None:
+    """PPO (Schulman et al. 2017, algorithm 1). Policy and value model share nothing: each has its
+    weights, its optimizer, and its gradient clipped apart.
+
+    Changes both models in place, and leaves the value model in <stage>_value.pt. `sample` and
+    `reward` are as for `train.grpo`. The reference, where there is a `beta`, is the base. Raises
+    ValueError for rewards of another shape.
+    """
+    optimizer, value_optimizer = train.make_optimizer(policy), train.make_optimizer(value)
+    reference = base if config.beta else None
+    objective = replace(config, beta=0.0)  # the KL is a price in the reward, not in the loss
+    state = {"optimizer": optimizer, "value": value, "value_optimizer": value_optimizer}
+    for step in run.steps(stage, config.steps, policy, **state):
+        started = time.perf_counter()
+        problems, rollout = sample(config, policy, step)
+        rewards = reward(problems, rollout, step)
+        metrics.check_rewards(rewards, rollout, len(problems) * config.group_size)
+        earned, values, advantages = estimate(config, value, reference, rewards, rollout)
+        _, returns = gae(earned, values, rollout.mask, lam=config.value_lam)
+        inputs, teaches = train.loss_inputs(objective, policy, None, rollout, advantages)
+        sampled = time.perf_counter()
+
+        lr = train.learning_rate(config.value_lr, step, config.steps, **RATES)
+        value_updates = []
+        for rows in minibatches(config, step, len(values)):
+            loss = add_value_gradient(config, value, rollout, values, returns, rows)
+            norm = optimizer_step(value, value_optimizer, lr, config.max_grad_norm)
+            value_updates.append({"value_loss": loss, "value_grad_norm": norm.item()})
+            check_finite(stage, step, value_updates[-1])
+        record = metrics.rollout_metrics(problems, rollout, rewards) | means(value_updates)
+        _, came = gae(earned, values, rollout.mask, lam=1.0)  # on a rollout not yet learned from
+        record["explained_variance"] = explained_variance(values, came, rollout.mask).item()
+
+        if (done := step - config.value_warmup) >= 0:  # else the values still mislead
+            lr = train.learning_rate(config.lr, done, config.steps - config.value_warmup, **RATES)
+            updates = []
+            for rows in minibatches(config, step, len(values)):
+                sums = train.add_gradient(objective, policy, rollout, inputs, rows, teaches)
+                norm = optimizer_step(policy, optimizer, lr, config.max_grad_norm)
+                sums |= {"grad_norm": norm.item(), "weight_norm": weight_norm(policy)}
+                check_finite(stage, step, sums)
+                updates.append(sums)
+            record |= metrics.update_metrics(updates) | {"lr": lr}
+
+        record["sample_seconds"] = sampled - started
+        record["update_seconds"] = time.perf_counter() - sampled
+        look = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
+        if look:
+            ask = (config, run, policy, base, reward)
+            record |= train.look_at_held_out(
+                *ask, lambda _, *given: estimate(config, value, reference, *given)[2]
+            )
+        run.show({short: record[name] for name, short in SHORT.items() if name in record}, look)
+        run.log(record)
+        if step + 1 == config.steps:  # of a stage that has ended, the policy alone comes back
+            run.write_model(f"{stage}_value.pt", value)
+
+
+RATES = {"warmup": 5, "decay_from": 0.5}
+SHORT = train.SHORT | {"explained_variance": "ev"}
+
+
+def means(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+
+
+def main(arguments: list[str]) -> None:
+    """Base model, evaluation, PPO by rules, evaluation."""
+    config = flags.parse(Config, train.PRESETS, arguments, __doc__, "rlhf.ppo")
+    with open_run(config, "-m rlhf.ppo") as run:
+        policy = train.base_model(config, run)
+        base, value = copy.deepcopy(policy), value_model(policy)
+        reward = train.rules(rule_weights(config.rewards), tokenizer_of(policy))
+        counts = {"problems": config.eval_problems, "samples": config.eval_samples}
+        counts |= {"limit": config.max_new_tokens, "seed": config.seed}
+        how = (config.task, config.levels)
+        before = run.once("base", lambda: evaluate(base, *how, **counts))
+        ppo(config, run, "ppo", policy, base, value, reward)
+        after = run.once("ppo", lambda: evaluate(policy, *how, **counts))
+        run.finish({"device": config.device, "seed": config.seed, "base": before, "ppo": after})
+        print(f"pass@1 {before['pass@1']:.3f} -> {after['pass@1']:.3f}, {run.times()}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,14 +1,38 @@
 """The mathematics of rlhf/ppo.py against loops that a reader can check, in float64; the mistakes
 that no crash tells of; and the stage."""
 
+import copy
+import json
 import math
+import os
+import signal
+from dataclasses import asdict, fields, replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from grpo import loss_normalizer, policy_loss
-from model import ModelConfig, ScalarModel
-from rlhf.ppo import explained_variance, gae, token_rewards, value_loss, values_of, whiten
+import train
+from experiments.machine.kill import log_without_times
+from grpo import loss_normalizer, policy_loss, token_logps
+from kit.run import open_run
+from model import ModelConfig, ScalarModel, load_model
+from rlhf import ppo as room
+from rlhf.ppo import (
+    Config,
+    add_value_gradient,
+    estimate,
+    explained_variance,
+    gae,
+    ppo,
+    token_rewards,
+    value_loss,
+    value_model,
+    values_of,
+    whiten,
+)
+from tests.small import SHAPE_FLAGS, SMALL, Unsaved, by_length, small_model
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 EXACTLY = {"rtol": 0, "atol": 0}
@@ -442,6 +466,217 @@ def test_a_mistake_that_no_crash_tells_of_is_told(name):
     check()
     with pytest.raises(AssertionError):
         check(**wrong)
+
+
+# --------------------------------------------------------------------------------------- the stage
+
+
+def config_of(**how):
+    own = {"variant", "clip_high"}  # PPO's own defaults stand
+    return Config(**{k: v for k, v in asdict(SMALL).items() if k not in own} | how)
+
+
+def by_level(problems, rollout, step):
+    """A reward that a value model can tell from the prompt."""
+    rewards = torch.tensor([float(problem.level == 3) for problem in problems])
+    return {"reward": rewards.repeat_interleave(len(rollout.tokens) // len(problems))}
+
+
+def run_ppo(config, reward=by_length, prepare=lambda policy, value: None):
+    """PPO from a small model; both models that came out, and the lines of the log."""
+    run, policy = Unsaved(), small_model()
+    base, value = copy.deepcopy(policy), value_model(policy)
+    prepare(policy, value)
+    ppo(config, run, "ppo", policy, base, value, reward)
+    assert run.written["ppo_value.pt"] is value
+    return policy, value, run.records
+
+
+def equal(one, two):
+    return all(torch.equal(x, y) for x, y in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def other_value_model():
+    """A value model that expects something, unlike a new one."""
+    value = value_model(small_model(7))
+    generator = torch.Generator().manual_seed(0)
+    value.head.weight.data.copy_(torch.randn(value.head.weight.shape, generator=generator))
+    return value
+
+
+def small_rollout(config, policy=None):
+    """With rows that were cut, and rows that ended early."""
+    problems, rollout = train.sample(config, policy or small_model(9), 1)
+    lengths = torch.arange(len(rollout.mask))[:, None] % 11 + 2
+    rollout.mask &= rollout.mask.cumsum(dim=1) <= lengths
+    rollout.logps *= rollout.mask
+    return problems, rollout
+
+
+def test_the_value_model_learns_what_it_can_know():
+    """Measured on new rollouts before they are learned from. While it warms up, the policy stays;
+    a new value model is the base with a head of 0."""
+    config = config_of(steps=12, prompts=8, value_warmup=12, value_lr=1e-2, eval_every=99)
+    policy, value, records = run_ppo(config, by_level)
+    explained = [record["explained_variance"] for record in records]
+    losses = [record["value_loss"] for record in records]
+    assert explained[0] == 0 and min(explained[-3:]) > 0.7
+    assert max(losses[-3:]) < losses[0] / 5
+    assert equal(policy, small_model()) and not equal(value.trunk, policy)
+    assert all("loss" not in record and "grad_norm" not in record for record in records)
+    assert equal(value_model(policy).trunk, policy)
+
+
+def test_the_policy_begins_when_the_value_model_is_warm():
+    config = config_of(steps=4, value_warmup=3)
+    policy, _, records = run_ppo(config)
+    assert not equal(policy, small_model())
+    assert ["grad_norm" in record for record in records] == [False, False, False, True]
+    policy, _, _ = run_ppo(replace(config, steps=3))
+    assert equal(policy, small_model())
+
+
+@pytest.mark.parametrize("scaled", ["policy", "value"])
+def test_each_gradient_is_clipped_apart(scaled):
+    """One clipping for both would let the greater gradient silence the other. Here one model's is
+    made a thousand times longer: the other model learns the same, to the bit."""
+
+    def prepare(policy, value):
+        for weight in (policy if scaled == "policy" else value).parameters():
+            weight.register_hook(lambda gradient: 1000 * gradient)
+
+    config = config_of(steps=1, value_warmup=0, max_grad_norm=0.5)
+    (policy, value, plain), (policy_2, value_2, steeper) = (
+        run_ppo(config, prepare=how) for how in (lambda policy, value: None, prepare)
+    )
+    name = "grad_norm" if scaled == "policy" else "value_grad_norm"
+    assert steeper[0][name] > 100 * plain[0][name]
+    assert equal(value, value_2) if scaled == "policy" else equal(policy, policy_2)
+    assert not equal(policy, small_model()) and not equal(value.trunk, small_model())
+
+
+def test_rows_that_were_cut_earn_what_the_rules_give_them():
+    """With lambda 1 a token's advantage is its row's reward less the value before it, whether the
+    row ended by itself or was cut: nothing is expected behind the cut."""
+    config, value = config_of(lam=1.0, whiten=False, micro_batch=5), other_value_model()
+    problems, rollout = small_rollout(config)
+    rewards = by_length(problems, rollout, 0)
+    assert not rollout.finished.any()
+    _, values, advantages = estimate(config, value, None, rewards, rollout)
+    right = F.pad(value(rollout.tokens)[:, :-1], (1, 0)).detach()
+    torch.testing.assert_close(values * rollout.mask, right * rollout.mask, rtol=0, atol=1e-5)
+    expected = (rewards["reward"][:, None] - right) * rollout.mask
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-5)
+    whitened = estimate(replace(config, whiten=True), value, None, rewards, rollout)[2]
+    torch.testing.assert_close(whitened, whiten(advantages, rollout.mask))
+
+
+def test_the_kl_to_the_base_is_paid_in_the_reward_alone():
+    config, reference = config_of(beta=0.1, whiten=False), small_model(4)
+    problems, rollout = small_rollout(config)
+    rewards = by_length(problems, rollout, 0)
+    earned, _, advantages = estimate(config, other_value_model(), reference, rewards, rollout)
+    log_ratio = rollout.logps - token_logps(reference(rollout.tokens), rollout.tokens)
+    prices = 0.1 * (log_ratio * rollout.mask).sum(dim=1)
+    torch.testing.assert_close(earned.sum(dim=1), rewards["reward"] - prices, rtol=0, atol=1e-4)
+    assert advantages.abs().max() > 0 and prices.abs().max() > 1e-3
+    free, paid = (run_ppo(config_of(steps=3, value_warmup=0, beta=beta)) for beta in (0.0, 0.5))
+    assert not equal(free[0], paid[0])
+    assert not any("k3_ref" in record for record in paid[2])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 16])
+def test_the_value_models_gradient_knows_no_micro_batches(micro_batch):
+    """Rows are sorted, cut and trimmed; prompts have two lengths; the clip binds."""
+    config, value = config_of(micro_batch=micro_batch), other_value_model().double()
+    _, rollout = small_rollout(config)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, *rollout.mask.shape)
+    old_values, returns = torch.randn(shape, generator=generator, dtype=torch.float64)
+    rows = np.array([3, 14, 1, 8, 0, 11, 6])
+    given = (x[rows] for x in (old_values, returns, rollout.mask))
+    loss = value_loss(values_of(value, rollout.tokens[rows]), *given)
+    expected = torch.autograd.grad(loss, list(value.parameters()), allow_unused=True)
+    found = add_value_gradient(config, value, rollout, old_values, returns, rows)
+    assert found == pytest.approx(loss.item(), abs=1e-10)
+    for weight, gradient in zip(value.parameters(), expected):
+        torch.testing.assert_close(weight.grad, gradient, **CLOSE)
+
+
+def flags_of(folder):
+    few = ["--pretrain_steps=2", "--steps=5", "--prompts=2", "--group_size=2", "--eval_problems=8"]
+    few += ["--max_new_tokens=12", "--value_warmup=2", "--beta=0.05", "--eval_every=2"]
+    return ["--preset=tiny", *few, *SHAPE_FLAGS, f"--out={folder}"]
+
+
+def job(arguments, stop_at=None):
+    """The stage alone, in a real folder; stopped by a signal in the middle of a step."""
+
+    def reward(problems, rollout, step):
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return by_length(problems, rollout, step)
+
+    config = train.flags.parse(Config, train.PRESETS, arguments, "", "ppo")
+    with open_run(config, "-m rlhf.ppo") as run:
+        policy = small_model()
+        ppo(config, run, "ppo", policy, small_model(), value_model(policy), reward)
+
+
+def left(folder):
+    models = [load_model(folder / "ppo.pt"), load_model(folder / "ppo_value.pt", kind=ScalarModel)]
+    looks = (folder / "looks.jsonl").read_text()
+    weights = [weight.tolist() for model in models for weight in model.parameters()]
+    return weights, log_without_times(folder), looks
+
+
+@pytest.mark.parametrize("stops", [[0], [1, 2, 4], [3]], ids=str)
+def test_a_stopped_ppo_ends_as_one_that_never_was(stops, tmp_path):
+    """While the value model warms up, at its end, and in the last step; with the value model."""
+    job(flags_of(tmp_path / "whole"))
+    arguments = flags_of(tmp_path / "run")
+    for stop in stops:
+        with pytest.raises(SystemExit) as end:
+            job(arguments, stop)
+        assert end.value.code == 128 + signal.SIGINT
+        arguments = [f"--resume={tmp_path / 'run'}"]
+    job(arguments)
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
+
+
+def test_the_command_leaves_both_models_and_a_log_of_the_values(tmp_path, capsys):
+    folder = tmp_path / "run"
+    room.main(flags_of(folder))
+    capsys.readouterr()
+    result = json.loads((folder / "result.json").read_text())
+    assert {"base", "ppo", "seed", "device", "seconds"} == set(result)
+    records = [record for record in log_without_times(folder) if record["stage"] == "ppo"]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert all({"value_loss", "value_grad_norm", "explained_variance"} <= set(r) for r in records)
+    load_model(folder / "ppo.pt")
+    with pytest.raises(SystemExit):  # it takes neither a value model nor a reward model
+        train.main([f"--init={folder / 'ppo_value.pt'}", f"--out={tmp_path / 'other'}"])
+    assert "(it is no Transformer)" in capsys.readouterr().err
+
+
+def test_ppo_has_its_own_knobs_and_refuses_grpos(capsys):
+    with pytest.raises(SystemExit):
+        room.main(["--help"])
+    shown = capsys.readouterr().out
+    own = {field.name for field in fields(Config)} - {field.name for field in fields(train.Config)}
+    assert own == {"lam", "value_lam", "whiten", "value_lr", "value_clip", "value_warmup"}
+    assert all(f"--{name}" in shown for name in own)
+    parsed = train.flags.parse(Config, train.PRESETS, [], "", "ppo")
+    assert parsed.out == "out/chains-cpu-ppo-seed0"
+    for arguments, complaint in (
+        (["--beta=0.1", "--kl=k2"], "--kl and --reference_every are GRPO's"),
+        (["--beta=0.1", "--reference_every=4"], "--kl and --reference_every are GRPO's"),
+        (["--lam=1.5"], "--lam must be from 0 to 1"),
+        (["--variant=rloo"], "invalid choice: 'rloo'"),
+    ):
+        with pytest.raises(SystemExit):
+            room.main(arguments)
+        assert complaint in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------- what is refused

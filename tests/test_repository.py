@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "sample": LOWER,
     "kit": LOWER | {"sample", "kit"},
     "train": LOWER | {"sample", "kit"},
+    "rlhf": LOWER | {"sample", "kit", "train", "rlhf"},
 }
 PACKAGES = {"torch", "tiktoken", "numpy", "tqdm"}
 
