@@ -272,8 +272,8 @@ def add_value_gradient(
         given = (x[part, columns] for x in (old_values, returns, rollout.mask))
         loss = value_loss(values, *given, **how)
         loss.backward()
-        total += loss.item()
-    return total
+        total += loss.detach()
+    return float(total)
 
 
 def minibatches(config: Config, step: int, rows: int) -> Iterator[np.ndarray]:
@@ -305,6 +305,11 @@ def ppo(
     reference = base if config.beta else None
     objective = replace(config, beta=0.0)  # the KL is a price in the reward, not in the loss
     state = {"optimizer": optimizer, "value": value, "value_optimizer": value_optimizer}
+
+    def advantage(config: Config, rewards: Rewards, rollout: Rollout) -> Tensor:
+        """Of a look, which samples at temperature 1."""
+        return estimate(replace(config, temperature=1.0), value, reference, rewards, rollout)[2]
+
     for step in run.steps(stage, config.steps, policy, **state):
         started = time.perf_counter()
         problems, rollout = sample(config, policy, step)
@@ -341,10 +346,7 @@ def ppo(
         record["update_seconds"] = time.perf_counter() - sampled
         look = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
         if look:
-            ask = (config, run, policy, base, reward)
-            record |= train.look_at_held_out(
-                *ask, lambda _, *given: estimate(config, value, reference, *given)[2]
-            )
+            record |= train.look_at_held_out(config, run, policy, base, reward, advantage)
         run.show({short: record[name] for name, short in SHORT.items() if name in record}, look)
         run.log(record)
         if step + 1 == config.steps:  # of a stage that has ended, the policy alone comes back
