@@ -307,6 +307,14 @@ def outcome_advantages(config: Config, rewards: Rewards, rollout: Rollout) -> Te
     return group_advantages(rewards["reward"], config.group_size, scale)
 
 
+def minibatches(config: Config, step: int, rows: int) -> Iterator[np.ndarray]:
+    """The rows of each update of a step: each row once in an epoch, in an order of its own."""
+    for epoch in range(config.inner_epochs):
+        order = list(range(rows))
+        stream(config.seed, "minibatches", step * config.inner_epochs + epoch).shuffle(order)
+        yield from np.array_split(order, min(config.minibatches, rows))
+
+
 def micro_batches(
     rollout: Rollout, rows: np.ndarray, size: int
 ) -> Iterator[tuple[np.ndarray, slice]]:
@@ -427,15 +435,12 @@ def grpo(
 
         lr = learning_rate(config.lr, step, config.steps, warmup=5, decay_from=0.5)
         updates = []
-        for epoch in range(config.inner_epochs):  # line 10
-            order = list(range(len(advantages)))
-            stream(config.seed, "minibatches", step * config.inner_epochs + epoch).shuffle(order)
-            for rows in np.array_split(order, min(config.minibatches, len(order))):
-                sums = add_gradient(config, policy, rollout, inputs, rows, teaches)
-                norm = optimizer_step(policy, optimizer, lr, config.max_grad_norm)  # line 11
-                sums |= {"grad_norm": norm.item(), "weight_norm": weight_norm(policy)}
-                check_finite(stage, step, sums)
-                updates.append(sums)
+        for rows in minibatches(config, step, len(advantages)):  # line 10
+            sums = add_gradient(config, policy, rollout, inputs, rows, teaches)
+            norm = optimizer_step(policy, optimizer, lr, config.max_grad_norm)  # line 11
+            sums |= {"grad_norm": norm.item(), "weight_norm": weight_norm(policy)}
+            check_finite(stage, step, sums)
+            updates.append(sums)
         if reference and config.reference_every and (step + 1) % config.reference_every == 0:
             reference.load_state_dict(policy.state_dict())
 
@@ -486,14 +491,9 @@ def r1_zero(config: Config, run: Run, reward: Reward | None = None, **hooks) -> 
             reason = f"{config.task} has problems without a rule"
             raise ValueError(f"{reason}: leave accuracy out of --rewards")
 
-    def examine(model: Transformer) -> dict:
-        counts = {"problems": config.eval_problems, "samples": config.eval_samples}
-        counts |= {"limit": config.max_new_tokens, "seed": config.seed}
-        return evaluate(model, config.task, config.levels, **counts)
-
     policy = base_model(config, run)
     base = copy.deepcopy(policy)
-    before = run.once("base", lambda: examine(base))
+    before = run.once("base", lambda: examine(config, base))
     said = f"pass@1 {share(before['pass@1'])}, format {share(before['format'])}"
     print(f"base model: {said}; now GRPO, by rules alone")
     print(f"objective: {config.variant} ({VARIANTS[config.variant].source})")
@@ -503,7 +503,7 @@ def r1_zero(config: Config, run: Run, reward: Reward | None = None, **hooks) -> 
         hooks = {"sample": partial(sample, generate=decoder.generate)} | hooks
     reward = reward or rules(rule_weights(config.rewards), tokenizer_of(policy))
     grpo(config, run, "r1_zero", policy, base, reward, **hooks)
-    after = run.once("r1_zero", lambda: examine(policy))
+    after = run.once("r1_zero", lambda: examine(config, policy))
 
     problems = held_out_problems(config.task, config.levels, 16, config.seed, "samples")
     models, limits = {"base": base, "R1-Zero": policy}, (config.max_new_tokens, config.seed)
@@ -513,6 +513,13 @@ def r1_zero(config: Config, run: Run, reward: Reward | None = None, **hooks) -> 
     print(f"\n{shown}\n\n{table(before, after)}\n\n{run.times()}\n{run.folder}/ has it all. Next:")
     print(f"  python sample.py --checkpoint {run.folder}/r1_zero.pt")
     print(f"  python -m experiments.watch.diagnose {run.folder}")
+
+
+def examine(config: Config, model: Transformer) -> dict:
+    """The evaluation of a model, as a configuration asks for it."""
+    counts = {"problems": config.eval_problems, "samples": config.eval_samples}
+    counts |= {"limit": config.max_new_tokens, "seed": config.seed}
+    return evaluate(model, config.task, config.levels, **counts)
 
 
 def base_model(config: Config, run: Run) -> Transformer:

@@ -18,7 +18,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
-from data.problem import stream
 from grpo import VARIANTS
 from kit import flags, metrics
-from kit.evaluate import evaluate
+from kit.evaluate import share
 from kit.metrics import Rewards, check_finite, weight_norm
 from kit.run import Run, open_run
 from model import ScalarModel, Transformer
@@ -276,14 +275,6 @@ def add_value_gradient(
     return float(total)
 
 
-def minibatches(config: Config, step: int, rows: int) -> Iterator[np.ndarray]:
-    """The rows of each update of a step: each row once in an epoch, in an order of its own."""
-    for epoch in range(config.inner_epochs):
-        order = list(range(rows))
-        stream(config.seed, "minibatches", step * config.inner_epochs + epoch).shuffle(order)
-        yield from np.array_split(order, min(config.minibatches, rows))
-
-
 def ppo(
     config: Config,
     run: Run,
@@ -322,7 +313,7 @@ def ppo(
 
         lr = train.learning_rate(config.value_lr, step, config.steps, **RATES)
         value_updates = []
-        for rows in minibatches(config, step, len(values)):
+        for rows in train.minibatches(config, step, len(values)):
             loss = add_value_gradient(config, value, rollout, values, returns, rows)
             norm = optimizer_step(value, value_optimizer, lr, config.max_grad_norm)
             value_updates.append({"value_loss": loss, "value_grad_norm": norm.item()})
@@ -334,7 +325,7 @@ def ppo(
         if (done := step - config.value_warmup) >= 0:  # else the values still mislead
             lr = train.learning_rate(config.lr, done, config.steps - config.value_warmup, **RATES)
             updates = []
-            for rows in minibatches(config, step, len(values)):
+            for rows in train.minibatches(config, step, len(values)):
                 sums = train.add_gradient(objective, policy, rollout, inputs, rows, teaches)
                 norm = optimizer_step(policy, optimizer, lr, config.max_grad_norm)
                 sums |= {"grad_norm": norm.item(), "weight_norm": weight_norm(policy)}
@@ -368,14 +359,11 @@ def main(arguments: list[str]) -> None:
         policy = train.base_model(config, run)
         base, value = copy.deepcopy(policy), value_model(policy)
         reward = train.rules(rule_weights(config.rewards), tokenizer_of(policy))
-        counts = {"problems": config.eval_problems, "samples": config.eval_samples}
-        counts |= {"limit": config.max_new_tokens, "seed": config.seed}
-        how = (config.task, config.levels)
-        before = run.once("base", lambda: evaluate(base, *how, **counts))
+        before = run.once("base", lambda: train.examine(config, base))
         ppo(config, run, "ppo", policy, base, value, reward)
-        after = run.once("ppo", lambda: evaluate(policy, *how, **counts))
+        after = run.once("ppo", lambda: train.examine(config, policy))
         run.finish({"device": config.device, "seed": config.seed, "base": before, "ppo": after})
-        print(f"pass@1 {before['pass@1']:.3f} -> {after['pass@1']:.3f}, {run.times()}")
+        print(f"pass@1 {share(before['pass@1'])} -> {share(after['pass@1'])}, {run.times()}")
 
 
 if __name__ == "__main__":
