@@ -47,6 +47,7 @@ from kit import flags, metrics
 from kit.captured import CapturedDecoder
 from kit.evaluate import compare_samples, evaluate, held_out_problems, share, table
 from kit.look import look
+from kit.memory import check_memory
 from kit.metrics import Rewards, check_finite, weight_norm
 from kit.run import Run, multiplies_in_bfloat16, open_run
 from model import ModelConfig, Transformer
@@ -115,7 +116,10 @@ class Config:
     RANGES: ClassVar = {  # a field that is not here: from 1 to 2^31 - 1, a float from 0 to 1e30
         "seed": (0, 2**63 - 1), "threads": (1, 1024), "reference_every": (0, 2**31 - 1),
         "min_level": (0, 1000), "max_level": (0, 1000),  # and as far as the task goes
-        "max_seq_len": (48, 2**31 - 1), "eval_samples": (8, 2**31 - 1),
+        "n_layer": (1, 1024), "n_head": (1, 65536), "n_kv_head": (1, 65536),
+        "d_model": (1, 65536), "d_ff": (1, 65536), "max_seq_len": (48, 65536),
+        "prompts": (1, 10**6), "group_size": (1, 10**6),
+        "eval_problems": (1, 10**6), "eval_samples": (8, 10**6),
         "lr": (1e-12, 1e30), "pretrain_lr": (1e-12, 1e30), "max_grad_norm": (1e-12, 1e30),
         "clip_low": (0, math.inf), "clip_high": (0, math.inf),  # inf: no clip on that side
         "temperature": (0.001, 1e6),  # completions that are all the same teach nothing
@@ -135,6 +139,10 @@ class Config:
         if row and row.clip_low is None and clip != (None, None):
             advice = "has no clip: leave --clip_low and --clip_high out"
             raise ValueError(f"--variant {self.variant} {advice}")
+        for name in ("clip_low", "clip_high"):  # a ratio is a float32
+            if 1e30 < (getattr(self, name) or 0) < math.inf:
+                reason = f"must be inf, or from 0 to 1e+30, not {getattr(self, name)}"
+                raise ValueError(f"--{name} {reason}")
         if not self.levels:
             raise ValueError(f"--min_level {self.levels.start} is above --max_level")
         task = TASKS[self.task]
@@ -532,7 +540,9 @@ def base_model(config: Config, run: Run) -> Transformer:
     names = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_seq_len")
     shape = {name: getattr(config, name) for name in names}
     words = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
-    model = Transformer(ModelConfig(**words, **shape, task=config.task))
+    model_config = ModelConfig(**words, **shape, task=config.task)
+    check_memory(config, model_config)
+    model = Transformer(model_config)
     model.init_weights(config.seed, tokenizer.pieces)
     if config.init and "base" not in run.ended:  # else it lies in the run's own folder
         model = load_policy(config.init)

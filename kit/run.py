@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kit.flags import refuse
+from kit.memory import out_of_memory
 from model import (
     check_weights,
     load_tensors,
@@ -521,7 +522,9 @@ def open_run(config, program: str) -> Iterator[Run]:
         if run.begun:
             print(f"\nstopped{run.way_on()}", file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         advice = "run again with a lower --micro_batch or --prompts"
         sys.exit(f"{name}: {config.device} has too little memory: {advice}{run.way_on()}")
     except FloatingPointError as error:

@@ -304,6 +304,21 @@ def test_errors_of_the_job_keep_their_traceback_and_ends_say_the_way_on(tmp_path
     assert not (tmp_path / "none").exists()
 
 
+def test_too_little_memory_of_a_cpu_ends_a_run_in_one_line(tmp_path):
+    """Its allocators raise a RuntimeError without a type of its own."""
+    asked = (lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60))
+    for number, ask in enumerate(asked):
+        config = config_for(tmp_path / str(number))
+        end = pytest.raises(
+            SystemExit, match=r"cpu has too little memory: .* step 0 of one is saved"
+        )
+        with end, open_run(config, "train.py") as run:
+            for _ in run.steps("one", 1, small_model()):
+                ask()
+    with pytest.raises(RuntimeError, match="match"), open_run(config_for(tmp_path / "x"), "x"):
+        torch.ones(2) + torch.ones(3)
+
+
 def test_another_job_does_not_go_on_with_a_run(tmp_path, capsys):
     """A stage of another name, fewer steps, or other state: one line, and nothing is changed."""
     with pytest.raises(SystemExit):
