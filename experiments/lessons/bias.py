@@ -1,12 +1,12 @@
-"""Is the gradient biased? Exact answers, by enumerating everything that a tiny policy can say.
+"""Is the gradient biased? Exact answers, by enumerating all outputs of a tiny policy.
 
     python -m experiments.lessons.bias                   # three tables, in a few seconds
     python -m experiments.lessons.bias --plot bias.png   # and a picture (needs matplotlib)
 
-The policy says at most three tokens: "a", "b" and ".", which ends an output. That makes 15 outputs,
-whose probabilities follow from 21 logits. So every expectation over what the policy samples is a
-finite sum, and the expected gradient of a loss is exact. The losses are the functions of grpo.py,
-called on each group that could be sampled.
+An output has at most three tokens: "a", "b" and ".", which ends it. There are 15 outputs, and 21
+logits give their probabilities. So an expectation over outputs is a finite sum, and the expected
+gradient of a loss is exact. The losses are the functions of grpo.py, called on every group that the
+policy can sample.
 """
 
 import math
@@ -40,13 +40,13 @@ def random_logits(seed: int) -> Tensor:
 
 
 def output_logps(logits: Tensor) -> Tensor:
-    """The log-probability of each token of each output, (15, 4), and 0 outside the mask."""
+    """The log-probability of each token of each output, (15, 4); 0 outside the mask."""
     logps, zero = logits.log_softmax(dim=1), logits.new_zeros(())
     rows = []
     for output in OUTPUTS:
-        places = [(PREFIXES.index(output[:t]), "ab.".index(x)) for t, x in enumerate(output)]
-        tokens = [logps[place] for place in places]
-        rows.append(torch.stack([zero, *tokens, *[zero] * (LONGEST - len(output))]))
+        tokens = [logps[PREFIXES.index(output[:t]), "ab.".index(x)] for t, x in enumerate(output)]
+        padding = [zero] * (LONGEST - len(output))
+        rows.append(torch.stack([zero, *tokens, *padding]))
     return torch.stack(rows)
 
 
@@ -56,10 +56,10 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def prefix_probabilities(logits: Tensor) -> Tensor:
-    """How likely an output is to come past each prefix, (7,)."""
+    """The probability that an output begins with each prefix, (7,)."""
     chances = probabilities(logits)
-    past = [[o.startswith(prefix) and o != prefix for o in OUTPUTS] for prefix in PREFIXES]
-    return torch.stack([chances[rows].sum() for rows in past])
+    begins = [[output.startswith(prefix) for output in OUTPUTS] for prefix in PREFIXES]
+    return torch.stack([chances[rows].sum() for rows in begins])
 
 
 # -------------------------------------------------------------------------------- exact gradients
@@ -70,24 +70,24 @@ def gradient(value: Tensor, logits: Tensor) -> Tensor:
 
 
 def true_gradient(logits: Tensor, values: Tensor) -> Tensor:
-    """The gradient of the expectation of `values` (15,) of the outputs, which an unbiased estimator
-    gives on average."""
+    """The gradient, (7, 3), of the expected value of an output, given `values` (15,). An unbiased
+    estimator gives it on average."""
     logits = logits.clone().requires_grad_()
     return gradient((probabilities(logits) * values).sum(), logits)
 
 
 def kl_gradient(logits: Tensor, ref_logits: Tensor, sampler: Tensor, reverse: bool) -> Tensor:
-    """The gradient of KL(pi || ref), or of KL(ref || pi), at each prefix, summed as often as
-    `sampler` comes past the prefix."""
+    """The gradient, (7, 3), of the reverse KL(pi || ref) or the forward KL(ref || pi). The KL of
+    each prefix is weighted by the probability that `sampler` reaches it."""
     logits = logits.clone().requires_grad_()
     policy, reference = logits.log_softmax(dim=1), ref_logits.log_softmax(dim=1)
-    first, second = (policy, reference) if reverse else (reference, policy)
-    per_prefix = (first.exp() * (first - second)).sum(dim=1)
+    log_p, log_q = (policy, reference) if reverse else (reference, policy)
+    per_prefix = (log_p.exp() * (log_p - log_q)).sum(dim=1)  # KL(p || q)
     return gradient((prefix_probabilities(sampler) * per_prefix).sum(), logits)
 
 
 def all_groups(size: int) -> list[tuple[list[int], int]]:
-    """Every group of `size` outputs, and in how many orders it can be sampled."""
+    """Every group of `size` outputs, and the number of orders in which it can be sampled."""
 
     def orders(group: tuple[int, ...]) -> int:
         return math.factorial(size) // math.prod(map(math.factorial, Counter(group).values()))
@@ -99,15 +99,15 @@ def all_groups(size: int) -> list[tuple[list[int], int]]:
 def expected_gradient(
     logits: Tensor, rewards: Tensor, group_size: int, variant: str, scale: str | None = None
 ) -> Tensor:
-    """The direction in which `policy_loss` moves the policy, (7, 3), averaged over every group that
-    the policy can sample. One group is one optimizer step. `scale` stands in for the variant's
-    own."""
+    """The expected gradient of minus `policy_loss`, (7, 3), over all groups that the policy can
+    sample. One group is one optimizer step. `scale` names the row of ADVANTAGES; without it, the
+    variant's own."""
     logits = logits.clone().requires_grad_()
     logps, chances = output_logps(logits), probabilities(logits).detach()
-    how, expected = {"variant": variant, "max_tokens": LONGEST}, 0.0
+    settings, expected = {"variant": variant, "max_tokens": LONGEST}, 0.0
     for group, orders in all_groups(group_size):
         advantages = group_advantages(rewards[group], group_size, scale or VARIANTS[variant].scale)
-        loss, _ = policy_loss(logps[group], advantages, MASK[group], **how)
+        loss, _ = policy_loss(logps[group], advantages, MASK[group], **settings)
         expected = expected - orders * chances[group].prod() * loss
     return gradient(expected, logits)
 
@@ -115,33 +115,31 @@ def expected_gradient(
 def kl_term_gradient(
     logits: Tensor, reference: Tensor, sampler: Tensor, kl: str, variant: str = "dr_grpo"
 ) -> Tensor:
-    """The average gradient of the term that beta weighs, (7, 3), over the outputs that `sampler`
-    can say. A limit of one token makes dr_grpo's divisor 1, so that the term is a sum over tokens;
-    grpo's divisor is |o_i|."""
+    """The expected gradient of the loss's KL term, (7, 3), over outputs drawn from `sampler`. With
+    `max_tokens` 1, dr_grpo divides by 1, so its term is a sum over tokens. grpo divides by
+    |o_i|."""
     logits = logits.clone().requires_grad_()
     tensors = (output_logps(logits), output_logps(sampler), output_logps(reference), MASK)
-    how, expected = {"variant": variant, "beta": 1.0, "kl": kl, "max_tokens": 1}, 0.0
-    for chance, *one in zip(probabilities(sampler), *(x.split(1) for x in tensors)):
-        logps, old_logps, ref_logps, mask = one
-        past = {"old_logps": old_logps, "ref_logps": ref_logps}
-        loss, _ = policy_loss(logps, torch.zeros(1), mask, **past, **how)
+    settings, expected = {"variant": variant, "beta": 1.0, "kl": kl, "max_tokens": 1}, 0.0
+    for chance, *row in zip(probabilities(sampler), *(x.split(1) for x in tensors)):
+        logps, old_logps, ref_logps, mask = row
+        others = {"old_logps": old_logps, "ref_logps": ref_logps}
+        loss, _ = policy_loss(logps, torch.zeros(1), mask, **others, **settings)
         expected = expected + chance * loss
     return gradient(expected, logits)
 
 
 def weight_of_question(pass_rate: float, group_size: int, scale: str) -> float:
-    """What the gradient of a question with right and wrong answers is multiplied by, on average
-    over its groups. Each group has some number of right outputs, and `group_advantages` says what
-    right and wrong outputs get."""
+    """The expected factor on the true gradient of a question whose rewards are 1 and 0. It is a sum
+    over the number of right outputs in a group. A group of equal rewards adds 0."""
     weight, G = 0.0, group_size
     for right in range(1, G):
         wrong = G - right
         rewards = torch.tensor([1.0] * right + [0.0] * wrong, dtype=torch.float64)
         chance = math.comb(G, right) * pass_rate**right * (1 - pass_rate) ** wrong
-        first, *_, last = group_advantages(rewards, G, scale).tolist()
-        # A right output pulls along the gradient of the pass rate over the pass rate, and a wrong
-        # output against it, over the rest.
-        weight += chance * (right / G * first / pass_rate - wrong / G * last / (1 - pass_rate))
+        high, *_, low = group_advantages(rewards, G, scale).tolist()
+        # With pass rate p, E[grad log pi | right] = grad p / p, and given wrong -grad p / (1 - p).
+        weight += chance * (right / G * high / pass_rate - wrong / G * low / (1 - pass_rate))
     return weight
 
 
@@ -149,7 +147,7 @@ def weight_of_question(pass_rate: float, group_size: int, scale: str) -> float:
 
 
 def angle(one: Tensor, other: Tensor) -> float:
-    """In degrees, from 0 (the same direction) to 180 (the opposite one)."""
+    """The angle in degrees, from 0 (the same direction) to 180 (opposite directions)."""
     return math.degrees(math.acos(max(-1.0, min(1.0, cosine(one, other)))))
 
 
@@ -158,11 +156,11 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Relative to the length of the second."""
+    """The norm of the difference, relative to the norm of `other`."""
     return ((one - other).norm() / other.norm()).item()
 
 
-# "accuracy" asks for a b in the second place, "format" for the end mark: the sum is 0, 1 or 2.
+# An output earns 1 for "b" as its second token ("accuracy"), and 1 for the end mark ("format").
 REWARDS = [float(output[1:2] == "b") + float(output.endswith(".")) for output in OUTPUTS]
 REWARDS = torch.tensor(REWARDS, dtype=torch.float64)
 
@@ -171,32 +169,32 @@ def print_deviation(group_size: int) -> None:
     print(
         """1. Does the standard deviation bias the gradient?
 
-Right or wrong, one question: the direction stays, the size depends on the pass rate.
-Groups of 8; what the question's gradient is multiplied by:
+One question with right and wrong answers: the direction stays, the size depends on the pass rate.
+The factor on the question's true gradient, for groups of 8:
 """
     )
     rates = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
     print(f"{'pass rate':>16}" + "".join(f"{rate:8.2f}" for rate in rates))
     for scale in ADVANTAGES:
-        if scale == "batch":  # of one question, the batch is the group: "batch" is "std" here
+        if scale == "batch":  # with one question the batch is the group, so "batch" equals "std"
             continue
         weights = [weight_of_question(rate, 8, scale) for rate in rates]
         print(f"{scale:>16}" + "".join(f"{weight:8.3f}" for weight in weights))
     logits = random_logits(0)
-    graded = expected_gradient(logits, REWARDS, group_size, "reinforce", scale="std")
-    degrees = angle(graded, true_gradient(logits, REWARDS))
+    found = expected_gradient(logits, REWARDS, group_size, "reinforce", scale="std")
+    degrees = angle(found, true_gradient(logits, REWARDS))
     print(
         f"""
-Yes, between questions: a question that is nearly always or nearly never solved weighs more. Where
-rewards have grades, within a question too: by {degrees:.1f} degrees here (rewards 0, 1 and 2,
-groups of {group_size}).
+Yes, between questions: a question that is nearly always or nearly never solved weighs more.
+Within a question too, if rewards are graded: with rewards 0, 1 and 2 and groups of {group_size},
+the gradient turns by {degrees:.1f} degrees.
 """
     )
 
 
 def print_variants(group_size: int) -> None:
-    setting = f"Groups of {group_size}, all at ratio 1, against the true policy gradient."
-    print(f"2. Does the length normaliser? {setting}\n")
+    print("2. Does the length normalizer bias the gradient?\n")
+    print(f"Groups of {group_size}, ratio 1 everywhere, compared with the true policy gradient:\n")
     logits = random_logits(0)
     target, longer = true_gradient(logits, REWARDS), true_gradient(logits, LENGTHS)
     columns = f"{'angle':>7} {'if mean only':>13} {'size':>8} {'cos(longer)':>12}"
@@ -214,23 +212,26 @@ def print_variants(group_size: int) -> None:
         )
     print(
         f"""
-angle: degrees between the expected gradient and the true one, with the variant's own advantages,
-and with advantages that are less the mean only. size: the expected gradient's norm over the true
-one's. cos(longer): cosine with the gradient of the expected length.
+angle: degrees between the expected and the true gradient, with the variant's own advantages.
+if mean only: the same angle, with advantages that only subtract the group's mean.
+size: the norm of the expected gradient over the norm of the true gradient.
+cos(longer): the cosine with the gradient of the expected length.
 
-rloo is exact. reinforce is the truth times 1 - 1/G = {1 - 1 / group_size:.3f}. dr_grpo is this over
-the limit of {LONGEST} tokens. A mean over tokens, of an output or of a step, turns the gradient.
-Here, where short outputs earn more, it turns too far toward short ones.
+rloo gives the true gradient. reinforce gives it times 1 - 1/G, which is {1 - 1 / group_size:.3f}.
+dr_grpo divides the gradient of reinforce by the limit of {LONGEST} tokens. Dividing by the sampled
+tokens of an output, or of a step, turns the gradient. Short outputs earn more here, and the
+gradient turns too far toward them.
 """
     )
 
 
 def print_kl() -> None:
     print(
-        """3. Which gradient does a KL estimator give when it stands in the loss? Its distance to
-zero, to the forward KL's gradient and to the reverse KL's. Then its distance to the reverse KL's
-where an older policy sampled, and where the loss is divided by |o_i|. All distances are relative
-to the size of the reverse KL's gradient.
+        """3. Which gradient does a KL estimator give as a term of the loss?
+
+Its distance to zero, to the gradient of the forward KL, and to the gradient of the reverse KL.
+Then the distance to the reverse KL's gradient again: where an older policy sampled, and where the
+loss divides by |o_i|. A distance of 1 is the norm of the reverse KL's gradient.
 """
     )
     logits, reference, older = (random_logits(seed) for seed in (0, 1, 2))
@@ -245,13 +246,14 @@ to the size of the reverse KL's gradient.
         gaps.append(distance(kl_term_gradient(logits, reference, older, kind), older_reverse))
         cells = " ".join(f"{gap:11.3f}" for gap in gaps)[3:]
         divided = kl_term_gradient(logits, reference, logits, kind, variant="grpo")
-        best = divided * (divided * reverse).sum() / divided.pow(2).sum()  # any multiple would do
+        best = divided * (divided * reverse).sum() / divided.pow(2).sum()  # the nearest multiple
         print(f"{kind:10} {cells} {distance(best, reverse):13.3f}")
     print(
         """
-k3, as published, gives the gradient of the forward KL. k2 gives the reverse KL's, and so does k3
-times the ratio, off-policy too. k1 gives nothing on average. 1/|o_i| depends on what is sampled,
-so it turns each of them: the last column is for the best multiple of the gradient."""
+k3, as published, gives the gradient of the forward KL. k2 gives the gradient of the reverse KL.
+k3_ratio (k3 times the ratio) gives it too, and also off-policy. k1 gives zero on average.
+1/|o_i| depends on the sample, so it turns each gradient. The last column allows for size: it takes
+the multiple of the gradient that is nearest to the reverse KL's."""
     )
 
 

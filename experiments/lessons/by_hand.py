@@ -2,9 +2,9 @@
 
     python -m experiments.lessons.by_hand
 
-Two prompts, four completions of each. The completions are made up, and so is how likely a policy
-finds each token before and after a first update. The rest is the code of rewards.py and grpo.py.
-The columns "by hand" use no tensor: they are the sums that a reader does on paper.
+Two prompts, four completions of each. The completions are made up, and so are their tokens'
+probabilities under the old and the new policy. Rewards, advantages and losses come from rewards.py
+and grpo.py. The numbers "by hand" use no tensor: a reader can do the same sums on paper.
 """
 
 import statistics
@@ -16,7 +16,7 @@ from data import get_tokenizer
 from grpo import VARIANTS, clipped_surrogate, group_advantages, policy_loss
 from rewards import accuracy_reward, format_reward
 
-LIMIT = 10  # tokens that a completion may have: dr_grpo's divisor
+LIMIT = 10  # the most tokens of a completion: dr_grpo's divisor
 ASKED = {" 7 plus 8 is": "15", " 9 minus 4 is": "5"}
 SAMPLED = {  # each completion, and the new policy's probability over the old one's at each token
     "<think> easy</think><answer> 15</answer>": [1.0, 1.1, 1.25, 0.9, 1.3, 0.75, 1.0],
@@ -28,12 +28,12 @@ SAMPLED = {  # each completion, and the new policy's probability over the old on
     "<answer> 3</answer>": [1.0, 1.1, 1.0, 1.2],
     " 4": [0.9, 0.9],
 }
-OLD_PROBABILITY = 0.5  # of every token
+OLD_PROBABILITY = 0.5  # of every token, under the old policy
 
 
 def build() -> tuple[Tensor, ...]:
-    """The tensors of the step, as `generate`, the rules and the model would give them: tokens and
-    mask (B, T), rewards (B,), logps and old_logps (B, T)."""
+    """The tensors of the step: tokens, mask, rewards, logps and old_logps. Rewards are (B,), all
+    others (B, T)."""
     tokenizer = get_tokenizer("chains")
     prompts = [tokenizer.encode(prompt) for prompt in ASKED for _ in range(4)]
     completions = [[*tokenizer.encode(text, tags=True), tokenizer.eos_id] for text in SAMPLED]
@@ -120,15 +120,15 @@ def main() -> None:
         for a, ratios in zip(by_hand, SAMPLED.values()):
             sums.append(sum(objective_by_hand(a, r, row.clip_low, row.clip_high) for r in ratios))
         divisor = {"grpo": 8, "dr_grpo": 8 * LIMIT, "dapo": sum(lengths)}[variant]
-        divisors = lengths if variant == "grpo" else [1] * 8  # of each output's sum
-        total = -sum(each / length for each, length in zip(sums, divisors)) / divisor
-        pairs = zip(sums[:4], divisors)  # the second group's sums are 0
+        per_output = lengths if variant == "grpo" else [1] * 8  # divides the sum over its tokens
+        total = -sum(each / length for each, length in zip(sums, per_output)) / divisor
+        pairs = zip(sums[:4], per_output)  # the sums of the second group are 0
         terms = [f"{each:.4f}/{length}".removesuffix("/1") for each, length in pairs]
         text = " + ".join(terms).replace("+ -", "- ")
         print(f"  {variant:8} by hand -({text}) / {divisor} = {total:.4f}")
         advantages = group_advantages(rewards, 4, row.scale)
-        how = {"old_logps": old_logps, "variant": variant, "max_tokens": LIMIT}
-        loss, _ = policy_loss(logps, advantages, mask, **how)
+        settings = {"variant": variant, "max_tokens": LIMIT}
+        loss, _ = policy_loss(logps, advantages, mask, old_logps=old_logps, **settings)
         print(f"  {'':8} policy_loss {loss.item():.4f}")
 
 
