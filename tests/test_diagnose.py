@@ -1,4 +1,4 @@
-"""experiments/watch/diagnose.py: each verdict on a log that has it, and on none that has not."""
+"""experiments/watch/diagnose.py: each trouble gets its verdict, and a healthy log gets none."""
 
 import json
 import math
@@ -12,8 +12,8 @@ LOOKS = ("held_out_accuracy", "base_kl", "think_tokens", "in_steps")  # in few l
 
 
 def log(**curves):
-    """A healthy run, but for these fields: each a function of the share of the run that is done, or
-    None to leave it out."""
+    """The log of a healthy run, with other curves for the fields given. A curve is a function of
+    the share of steps that are done, or None to leave the field out."""
     healthy = {
         "reward": lambda done: 1 + 0.9 * done,
         "accuracy": lambda done: 0.2 + 0.75 * done,
@@ -90,7 +90,7 @@ def test_each_verdict_on_a_log_that_has_it(name, curves):
 
 
 def test_what_success_explains_is_no_complaint():
-    """What is high at the start alone, and what falls as accuracy rises, is fine."""
+    """A trouble at the start alone is fine, and so is a number that falls as accuracy rises."""
     assert sick(log(cut=lambda done: 0.5 * (1 - done) ** 4)) == []
     entropy = {"entropy": lambda done: 0.4 * (1 - done) ** 4}
     assert sick(log(**entropy, no_signal=lambda done: done)) == []
@@ -107,8 +107,8 @@ def test_what_success_explains_is_no_complaint():
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("line", [0, STEPS // 2, STEPS - 1])
-def test_a_number_that_is_none_is_told_and_hides_nothing(broken, line):
-    """A line of NaN is one complaint; the other checks see the lines beside it."""
+def test_a_line_that_is_not_finite_is_told_and_hides_nothing(broken, line):
+    """A line of NaN or infinity is one complaint; the other checks look at the other lines."""
     records = log(logp_gap=lambda done: 0.05 * (0.7 < done < 0.8))
     for name in list(records[line])[2:]:
         records[line][name] = broken
@@ -123,7 +123,7 @@ def test_a_log_of_nan_alone_is_one_complaint():
 
 
 def test_thoughts_that_shrink_are_told_where_answers_are_right():
-    """From 31 to 98 % with thoughts of one token is told; a run that fails has other troubles."""
+    """An accuracy of 98 % with thoughts of one token is told; a failing run has other troubles."""
 
     def complaints(thoughts, right):
         curves = {"think_tokens": thoughts, "held_out_accuracy": right}
@@ -139,7 +139,7 @@ def test_thoughts_that_shrink_are_told_where_answers_are_right():
 
 
 def test_what_a_log_does_not_hold_is_not_asked(tmp_path, capsys):
-    """A check without its fields is left out; a verdict comes with range and advice."""
+    """A check without its fields is not asked; a complaint comes with a range and advice."""
     found = diagnose.diagnose(log(base_kl=None, k3_old=None, held_out_accuracy=None))
     asked = {check.name for check, _, _ in found}
     assert {"distance", "policy step", "held-out accuracy", "thinking"}.isdisjoint(asked)
@@ -162,7 +162,7 @@ def test_one_step_is_enough():
 
 
 def test_a_stage_of_another_name_is_asked_by_its_name(tmp_path, capsys):
-    """--stage picks the lines."""
+    """--stage chooses whose log lines are read."""
     records = [record | {"stage": "reasoning"} for record in log()]
     text = "".join(json.dumps(record) + "\n" for record in (*log(cut=stuck), *records))
     (tmp_path / "log.jsonl").write_text(text)

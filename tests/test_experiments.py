@@ -1,4 +1,4 @@
-"""The lessons, and the commands that watch a run: what they print is so, and is what pages show."""
+"""The lessons and the commands that watch a run: what they print is true, and pages show it."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ def said(command, *arguments):
 
 
 def test_the_sums_by_hand_are_what_the_code_computes():
-    """Each loss and each advantage that the worked example prints is its printed terms."""
+    """In the worked example, each loss and each advantage is the sum that is printed beside it."""
     shown = said(by_hand.main)
     losses = re.findall(r"by hand -\((.*)\) / (\d+) = (\S+)\n +policy_loss (\S+)", shown)
     assert len(losses) == 3
@@ -115,7 +115,7 @@ def results(right):
 
 
 def test_two_runs_are_compared_by_settings_results_and_logs(tmp_path):
-    """What is the same is not listed, and each number is what the folders hold."""
+    """Settings that are equal are not listed, and each number is a number of the folders."""
     one = write_run(tmp_path / "one", results(0.5))
     two = write_run(tmp_path / "two", results(0.75), lr=1.0, variant="mine")
     picture = tmp_path / "compare.png"
@@ -129,7 +129,7 @@ def test_two_runs_are_compared_by_settings_results_and_logs(tmp_path):
     assert ["accuracy", "0.2625", "0.525"] in [line[:3] for line in lines], "all steps"
     assert ["k3_old", "-", "0.125"] in lines
     assert not {"out", "dtype"} & {line[0] for line in lines if line}
-    assert "not evaluated on" not in shown and "has not ended" not in shown
+    assert "evaluations differ" not in shown and "has not ended" not in shown
     assert picture.read_bytes().startswith(PNG)
     curves = ["--plot", str(tmp_path / "k3.png"), "--curves", "k3_old,held_out_accuracy"]
     said(compare.main, [one, two, *curves])
@@ -138,16 +138,16 @@ def test_two_runs_are_compared_by_settings_results_and_logs(tmp_path):
 
 
 def test_compare_tells_what_makes_two_runs_no_equals(tmp_path):
-    """Other code, evaluations of other sizes, and a run that has not ended are told."""
+    """Different code, evaluations of different sizes and a run that has not ended are named."""
     one = write_run(tmp_path / "one", results(0.5))
     two = write_run(tmp_path / "two", results(0.75), eval_problems=200)
     (tmp_path / "two" / "kit").mkdir()
     (tmp_path / "two" / "kit" / "run.py").write_text("other code")
     shown = said(compare.main, [one, two])
     command = f"diff {one}/kit/run.py {two}/kit/run.py"
-    assert f"the code differs too: kit/run.py ({command})" in shown
-    assert "not evaluated on as many problems: A on 500, B on 200" in shown
-    assert "completions of each" not in shown
+    assert f"the code differs: kit/run.py ({command})" in shown
+    assert "evaluations differ in size: 500 problems in A, 200 in B" in shown
+    assert "completions a problem" not in shown
     shown = said(compare.main, [one, write_run(tmp_path / "three")])
     assert f"A  {one}, step 20 of r1_zero\n" in shown
     assert "three, step 20 of r1_zero; the run has not ended\n" in shown
@@ -155,7 +155,7 @@ def test_compare_tells_what_makes_two_runs_no_equals(tmp_path):
 
 
 def test_the_curves_of_runs_are_drawn_from_their_logs(tmp_path):
-    """One run or several, the stage that was asked for, and a run that has just begun."""
+    """One run, several runs, another stage, and a run that has just begun."""
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", lr=1.0)
     young = write_run(tmp_path / "young")
     lines = (tmp_path / "young" / "log.jsonl").read_text().splitlines(keepends=True)
@@ -171,7 +171,7 @@ def test_the_curves_of_runs_are_drawn_from_their_logs(tmp_path):
 
 
 def test_a_stage_of_any_name_has_curves():
-    """A stage that plot.py does not know shows the known fields of its log, or all."""
+    """A stage that CURVES lacks shows the fields of CURVES that its log has, else all fields."""
     log = [{"stage": "judge", "step": 1, "loss": 1.0, "entropy": 1.0, "margin": 1.0}]
     assert plot.choose_curves(None, None, "judge", [log]) == ["entropy", "loss"]
     assert plot.choose_curves(None, None, "base", [log]) == ["loss"]
@@ -181,7 +181,7 @@ def test_a_stage_of_any_name_has_curves():
 
 @pytest.mark.parametrize("command", [compare, plot, diagnose])
 def test_a_half_written_last_line_is_left_alone(command, tmp_path):
-    """A run that is being written can be watched, even if half a letter is there."""
+    """A run can be watched while it writes, even if the log ends within a letter."""
     one = write_run(tmp_path / "one")
     with (tmp_path / "one" / "log.jsonl").open("ab") as log:
         log.write('{"stage": "r1_zero", "step": 21, "said": "쉬'.encode()[:-1])
@@ -201,11 +201,15 @@ def test_what_cannot_be_shown_is_refused_in_one_line(capsys, tmp_path):
     no_step = "young has no line of the stage r1_zero in its log yet (it has base)"
     for command, arguments, complaint in (
         (plot, [], "run"),
-        (plot, [one, "--curves", "banana"], "no log has a field banana, but accuracy, compl"),
-        (plot, [one, "--stage", "base", "--curves", "accuracy"], "no log has a field accuracy"),
+        (plot, [one, "--curves", "banana"], "no log has the field banana; there are accuracy, c"),
+        (plot, [one, "--stage", "base", "--curves", "accuracy"], "no log has the field accuracy"),
         (plot, [one, "--stage", "judge"], "no line of the stage judge in its log yet (it has b"),
         (plot, [one, "--out", nowhere], "there is no folder"),
-        (plot, [one, "--out", str(tmp_path)], "a folder, where the name of a picture should be"),
+        (
+            plot,
+            [one, "--out", str(tmp_path)],
+            "this is a folder, and the picture needs the name of a file",
+        ),
         (plot, [str(tmp_path)], "is not the folder of a run: it holds no log.jsonl"),
         (plot, [str(torn)], "torn/log.jsonl has a line that no run wrote"),
         (plot, [str(young)], no_step),
@@ -216,7 +220,7 @@ def test_what_cannot_be_shown_is_refused_in_one_line(capsys, tmp_path):
         (compare, [one, str(tmp_path / "empty")], "holds no config.json"),
         (compare, [one, str(young)], no_step),
         (compare, [one, one, "--plot", nowhere], "there is no folder"),
-        (compare, [one, one, "--curves", "loss"], "no log has a field loss"),
+        (compare, [one, one, "--curves", "loss"], "no log has the field loss"),
         (bias, ["--plot", nowhere], "there is no folder"),
     ):
         with pytest.raises(SystemExit) as stop:

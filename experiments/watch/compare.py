@@ -3,8 +3,8 @@
     python -m experiments.watch.compare out/chains-cpu-grpo-seed0 out/harder
     python -m experiments.watch.compare out/chains-cpu-grpo-seed0 out/harder --plot compare.png
 
---plot needs matplotlib: pip install -r experiments/requirements.txt. A run that is still going, or
-that stopped, is compared as far as its log goes.
+--plot needs matplotlib: pip install -r experiments/requirements.txt. A run that is still going or
+was stopped is compared as far as its log goes.
 """
 
 import json
@@ -14,23 +14,25 @@ from pathlib import Path
 from experiments.watch.plot import add_stage, check_picture, choose_curves, draw_curves, read_log
 from kit.flags import command_line
 
-LAST = 10  # lines of the log
+LAST = 10  # log lines that count as the end of a run
 
 Run = tuple[dict, list[dict], dict]  # settings, lines of the log, result (empty until it has ended)
 
 
 def read_run(folder: Path, stage: str) -> Run:
-    """Raises ValueError, in one line, where the folder is not the folder of a run, or the stage has
-    not begun."""
+    """A run's settings, log lines of a stage, and result. Raises ValueError, in one line, if the
+    folder holds no run, or if the stage has not begun."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not the folder of a run: it holds no config.json")
     records = read_log(folder, stage)
-    result = folder / "result.json"
-    ended = json.loads(result.read_text()) if result.is_file() else {}
-    return json.loads((folder / "config.json").read_text()), records, ended
+    path = folder / "result.json"
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads((folder / "config.json").read_text()), records, result
 
 
 def code_that_differs(folders: list[Path]) -> list[str]:
+    """The names of the code files that are not equal in all folders, or missing in one."""
+
     def texts(name: str) -> set[str]:
         paths = [folder / name for folder in folders]
         return {path.read_text() if path.is_file() else "" for path in paths}
@@ -59,18 +61,19 @@ def print_table(title: str, rows: list[tuple[str, object, object]]) -> None:
 
 
 def numbers(metrics: dict) -> dict[str, float]:
-    """The numbers of an evaluation, and those of its parts: "beyond 6", "thinking in_steps"."""
+    """All numbers of an evaluation by name; in a part of it, as "beyond 6" or "thinking
+    in_steps"."""
     parts = [(name, part) for name, part in metrics.items() if isinstance(part, dict)]
-    within = {f"{name} {key}": x for name, part in parts for key, x in part.items()}
-    return {name: x for name, x in (metrics | within).items() if isinstance(x, float)}
+    nested = {f"{name} {key}": x for name, part in parts for key, x in part.items()}
+    return {name: x for name, x in (metrics | nested).items() if isinstance(x, float)}
 
 
 def print_results(configs: list[dict], one: dict, two: dict) -> None:
-    """The evaluations and the times that both runs ended with."""
-    for name, what in (("eval_problems", "problems"), ("eval_samples", "completions of each")):
+    """Print the final evaluations and the times of two runs that have ended."""
+    for name, what in (("eval_problems", "problems"), ("eval_samples", "completions a problem")):
         counts = [config.get(name) for config in configs]
         if counts[0] != counts[1]:
-            print(f"\nnot evaluated on as many {what}: A on {counts[0]}, B on {counts[1]}")
+            print(f"\nevaluations differ in size: {counts[0]} {what} in A, {counts[1]} in B")
     for name in one:
         if isinstance(one[name], dict) and name in two:
             found, other = numbers(one[name]), numbers(two[name])
@@ -85,7 +88,7 @@ def print_comparison(folders: list[Path], runs: list[Run], stage: str) -> None:
         print(f"{letter}  {folder}, step {lines[-1]['step']} of {stage}{state}")
     if changed := code_that_differs(folders):
         command = f"diff {folders[0] / changed[0]} {folders[1] / changed[0]}"
-        print(f"the code differs too: {', '.join(changed)} ({command})")
+        print(f"the code differs: {', '.join(changed)} ({command})")
     pairs = {name: (config.get(name), other_config.get(name)) for name in config | other_config}
     differing = [(name, a, b) for name, (a, b) in pairs.items() if name != "out" and a != b]
     print_table("what was set differently", differing)
@@ -93,9 +96,9 @@ def print_comparison(folders: list[Path], runs: list[Run], stage: str) -> None:
         print_results([config, other_config], ended, other_ended)
     fields = dict.fromkeys(name for record in (*records, *other_records) for name in record)
     fields = [name for name in fields if name not in ("stage", "step")]
-    steps = min(len(records), len(other_records))  # both have taken them
-    for first in dict.fromkeys((max(0, steps - LAST), 0)):
-        one, two = records[first:steps], other_records[first:steps]
+    steps = min(len(records), len(other_records))  # how far both runs have come
+    for start in dict.fromkeys((max(0, steps - LAST), 0)):  # the last steps, then all steps
+        one, two = records[start:steps], other_records[start:steps]
         means = [(name, mean(one, name), mean(two, name)) for name in fields]
         print_table(f"log, mean over steps {one[0]['step']} to {one[-1]['step']}", means)
 
@@ -104,7 +107,9 @@ def main(arguments: list[str]) -> None:
     parser = command_line(__doc__)
     parser.add_argument("run", nargs=2, type=Path, help="folder of a run")
     add_stage(parser)
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw their curves, as a PNG")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="draw both runs' curves, as a PNG"
+    )
     parser.add_argument("--curves", metavar="A,B,...", help="fields of the log to draw")
     args = parser.parse_args(arguments)
     check_picture(parser, "--plot", args.plot)

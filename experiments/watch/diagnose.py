@@ -3,9 +3,9 @@ and the knob to turn.
 
     python -m experiments.watch.diagnose out/chains-cpu-grpo-seed0
 
-A first or last number is a mean over a tenth of the steps (one at least). The ranges are rules of
-thumb, from this project's small runs and the failures that papers report. A verdict says where to
-look, not what must be so.
+A first or last number is a mean over a tenth of the log's lines, at least one line. The ranges are
+rules of thumb, from this project's small runs and the failures that papers report. A verdict says
+where to look. It proves nothing.
 """
 
 import json
@@ -22,12 +22,12 @@ Records = list[dict]  # the lines of a stage of GRPO
 
 
 def values(records: Records, name: str) -> list[float]:
-    """The numbers of a field, where it has one: neither NaN nor infinite."""
+    """The finite numbers of a field, from the lines that have one."""
     return [record[name] for record in records if math.isfinite(record.get(name, math.nan))]
 
 
 def ends(records: Records, name: str) -> tuple[float, float]:
-    """The mean over the first tenth of the lines that have the field, and over the last."""
+    """The means over the first and over the last tenth of the lines that have the field."""
     found = values(records, name)
     tenth = max(1, len(found) // 10)
     return sum(found[:tenth]) / tenth, sum(found[-tenth:]) / tenth
@@ -35,8 +35,8 @@ def ends(records: Records, name: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Check:
-    """One question to a log. `look` gives the numbers, in words, and whether they are healthy;
-    `needs` are the fields without which there is nothing to ask."""
+    """One question to a log. `look` returns the numbers in words, and whether they are healthy. It
+    is asked only if the log has all fields that it `needs`."""
 
     name: str
     needs: tuple[str, ...]
@@ -54,7 +54,8 @@ def numbers(records: Records) -> tuple[str, bool]:
 def agreement(records: Records) -> tuple[str, bool]:
     worst = max(values(records, "logp_gap"))
     limit = 0.3 if records[0].get("dtype") == "bfloat16" else 1e-3
-    return f"sampler and trainer differ by {worst:.1e} at most", worst <= limit
+    said = f"log-probabilities of sampler and trainer differ by {worst:.1e} at most"
+    return said, worst <= limit
 
 
 def truncation(records: Records) -> tuple[str, bool]:
@@ -75,32 +76,39 @@ def entropy(records: Records) -> tuple[str, bool]:
 
 
 def length(records: Records) -> tuple[str, bool]:
-    """Over the second half, as a run that learns to think grows longer in the first."""
+    """Looks at the second half alone: in the first half, a run that learns to think grows
+    longer."""
     half = records[len(records) // 2 :]
-    (before, after), (worse, better) = ends(half, "completion_tokens"), ends(half, "accuracy")
-    said = f"completions {before:.1f} -> {after:.1f} tokens in the second half"
-    healthy = after <= 1.25 * before or better - worse >= 0.02
-    return f"{said}, accuracy {worse:.2f} -> {better:.2f}", healthy
+    first, last = ends(half, "completion_tokens")
+    first_accuracy, last_accuracy = ends(half, "accuracy")
+    said = f"completions {first:.1f} -> {last:.1f} tokens in the second half"
+    healthy = last <= 1.25 * first or last_accuracy - first_accuracy >= 0.02
+    return f"{said}, accuracy {first_accuracy:.2f} -> {last_accuracy:.2f}", healthy
 
 
 def held_out(records: Records) -> tuple[str, bool]:
-    first = next(i for i, record in enumerate(records) if values([record], "held_out_accuracy"))
-    low, high = ends(records[first:], "reward")  # both from the first look on
+    look = next(i for i, record in enumerate(records) if values([record], "held_out_accuracy"))
+    first, last = ends(records[look:], "reward")  # from the first look on, as the accuracies
     looks = values(records, "held_out_accuracy")
-    wrong, right = looks[0], looks[-1]
-    said = f"reward {low:.2f} -> {high:.2f}, held-out accuracy {wrong:.2f} -> {right:.2f}"
-    return said, high - low <= 0.1 or right - wrong >= 0.02 or right >= 0.9
+    said = f"reward {first:.2f} -> {last:.2f}, held-out accuracy {looks[0]:.2f} -> {looks[-1]:.2f}"
+    return said, last - first <= 0.1 or accuracy_is_fine(looks[0], looks[-1])
 
 
 def rule(records: Records) -> tuple[str, bool]:
-    (low, high), (wrong, right) = ends(records, "reward"), ends(records, "accuracy")
-    said = f"reward {low:.2f} -> {high:.2f}, accuracy among it {wrong:.2f} -> {right:.2f}"
-    return said, high - low <= 0.1 or right - wrong >= 0.02 or right >= 0.9
+    first, last = ends(records, "reward")
+    first_accuracy, last_accuracy = ends(records, "accuracy")
+    said = f"reward {first:.2f} -> {last:.2f}, accuracy {first_accuracy:.2f} -> {last_accuracy:.2f}"
+    return said, last - first <= 0.1 or accuracy_is_fine(first_accuracy, last_accuracy)
+
+
+def accuracy_is_fine(first: float, last: float) -> bool:
+    """Whether accuracy rises, or is high already."""
+    return last - first >= 0.02 or last >= 0.9
 
 
 def policy_step(records: Records) -> tuple[str, bool]:
     worst = max(values(records, "k3_old"))
-    return f"KL of a step's updates, {worst:.4f} nats a token at most", worst <= 0.1
+    return f"KL to the policy that sampled: {worst:.4f} nats a token at most", worst <= 0.1
 
 
 def distance(records: Records) -> tuple[str, bool]:
@@ -109,18 +117,18 @@ def distance(records: Records) -> tuple[str, bool]:
 
 
 def thinking(records: Records) -> tuple[str, bool]:
-    """At the looks at held-out problems: a thought that shrinks while answers are right is no
-    longer what makes them so."""
-    right, now_right = ends(records, "held_out_accuracy")
-    before, after = ends(records, "think_tokens")
-    said = f"thoughts {before:.1f} -> {after:.1f} tokens"
-    thinks = after >= max(2, before / 2)
+    """From the looks at held-out problems. If thoughts shrink and answers are right all the same,
+    the answers no longer come from the thoughts."""
+    first_accuracy, last_accuracy = ends(records, "held_out_accuracy")
+    first, last = ends(records, "think_tokens")
+    said = f"thoughts {first:.1f} -> {last:.1f} tokens"
+    thinks = last >= max(2, first / 2)
     if values(records, "in_steps"):
-        before, after = ends(records, "in_steps")
-        said += f", in steps {before:.1%} -> {after:.1%}"
-        thinks = thinks and after >= before / 2
-    healthy = thinks or (now_right - right < 0.02 and now_right < 0.9)
-    return f"{said}, held-out accuracy {right:.2f} -> {now_right:.2f}", healthy
+        first, last = ends(records, "in_steps")
+        said += f", in steps {first:.1%} -> {last:.1%}"
+        thinks = thinks and last >= first / 2
+    healthy = thinks or not accuracy_is_fine(first_accuracy, last_accuracy)
+    return f"{said}, held-out accuracy {first_accuracy:.2f} -> {last_accuracy:.2f}", healthy
 
 
 CHECKS = (
@@ -128,91 +136,91 @@ CHECKS = (
         "numbers",
         (),
         numbers,
-        "nothing",
-        "find the first line of log.jsonl that has one; a lower --lr or --max_grad_norm may help",
+        "no field is NaN or infinite",
+        "find the first such line of log.jsonl; a lower --lr or --max_grad_norm may help",
     ),
     Check(
         "agreement",
         ("logp_gap",),
         agreement,
         "at most 0.001 in float32, 0.3 in bfloat16",
-        "the updated policy is not the one that sampled: a bug in sampling, temperature or mask",
+        "the trained policy is not the policy that sampled: a bug in sampling, temperature or mask",
     ),
     Check(
         "truncation",
         ("cut",),
         truncation,
         "at most 5 %",
-        "raise --max_new_tokens (and --max_seq_len): what is cut earns nothing, right or wrong",
+        "raise --max_new_tokens (and --max_seq_len): a completion without an end earns nothing",
     ),
     Check(
         "signal",
         ("no_signal", "accuracy"),
         signal,
         "at most half, until accuracy is 0.9",
-        "problems too hard or too easy: other --min_level, --max_level, or a larger --group_size",
+        "problems are too hard or too easy: change --min_level, --max_level or raise --group_size",
     ),
     Check(
         "entropy",
         ("entropy", "accuracy"),
         entropy,
-        "above a tenth of its start, until accuracy is 0.9",
-        "it settled on a habit that fails: a lower --lr, --clip_high 0.28, or another seed",
+        "at least a tenth of the first entropy, until accuracy is 0.9",
+        "the policy settled on a failing habit: try a lower --lr, --clip_high 0.28, another --seed",
     ),
     Check(
         "length",
         ("completion_tokens", "accuracy"),
         length,
-        "longer by a quarter at most, unless accuracy rises with it",
-        "1/|o| spares long wrong answers: try --variant dr_grpo, and read what fills them",
+        "a quarter longer at most, unless accuracy rises too",
+        "1/|o| makes long wrong answers cheap: try --variant dr_grpo, and read samples.txt",
     ),
     Check(
         "thinking",
         ("think_tokens", "held_out_accuracy"),
         thinking,
-        "at least 2 tokens and half of what it was, and half as often in steps, if answers improve",
-        "it is right without a thought: ask harder problems (--min_level, --max_level, --task)",
+        "if answers are right: at least 2 tokens, half the first length, half the first steps",
+        "the answers need no thought: ask harder problems (--min_level, --max_level, --task)",
     ),
     Check(
         "held-out accuracy",
         ("reward", "held_out_accuracy"),
         held_out,
-        "rises where the reward does",
-        "it learns these problems, or the rule, and not the task: read samples.txt",
+        "rises when the reward rises",
+        "the policy learns the training problems or the rule, not the task: read samples.txt",
     ),
     Check(
         "reward",
         ("reward", "accuracy"),
         rule,
-        "accuracy rises where the reward does",
-        "another rule pays better than being right: weigh it less (--rewards), or close its hole",
+        "accuracy rises when the reward rises",
+        "another rule pays more than a right answer: lower its weight (--rewards) or mend the rule",
     ),
     Check(
         "policy step",
         ("k3_old",),
         policy_step,
         "at most 0.1",
-        "each rollout is trained on too hard: a lower --lr, fewer --minibatches or --inner_epochs",
+        "the updates on one rollout go too far: lower --lr, --minibatches or --inner_epochs",
     ),
     Check(
         "distance",
         ("base_kl",),
         distance,
         "at most 1",
-        "it is leaving all that the base model knows: a lower --lr, or a --beta above 0 to hold it",
+        "the policy forgets what the base model knows: lower --lr, or hold it by a --beta above 0",
     ),
 )
 
 
 def diagnose(records: Records) -> list[tuple[Check, str, bool]]:
-    """Each check that this log can answer: the check, what it saw, and whether that is healthy."""
-    can = [check for check in CHECKS if all(values(records, name) for name in check.needs)]
-    return [(check, *check.look(records)) for check in can]
+    """Each check that this log can answer, what it saw, and whether that is healthy."""
+    checks = [check for check in CHECKS if all(values(records, name) for name in check.needs)]
+    return [(check, *check.look(records)) for check in checks]
 
 
 def read_run(folder: Path, stage: str = STAGE) -> Records:
-    """The lines of a stage; the first says too what matrix products were in. Raises ValueError, in
-    one line, for what is not a run, and for a run in which the stage has no line yet."""
+    """The log lines of a stage; the first line also gets the dtype of the matrix products. Raises
+    ValueError, in one line, if the folder holds no run, or if the log has no line of the stage."""
     records = read_log(folder, stage)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not the folder of a run: it holds no config.json")

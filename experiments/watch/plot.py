@@ -4,8 +4,8 @@
     python -m experiments.watch.plot out/chains-cpu-grpo-seed* --out seeds.png
     python -m experiments.watch.plot out/chains-cpu-grpo-seed0 --stage base --curves loss,grad_norm
 
-Needs matplotlib: pip install -r experiments/requirements.txt. A run that is still going, or that
-stopped, is drawn as far as its log goes.
+Needs matplotlib: pip install -r experiments/requirements.txt. A run that is still going or was
+stopped is drawn as far as its log goes.
 """
 
 import argparse
@@ -18,20 +18,20 @@ from pathlib import Path
 from kit.flags import command_line
 
 STAGE = "r1_zero"
-CURVES = {  # by stage; of another stage, those of all these that its log has
+CURVES = {  # the fields drawn for a stage; another stage shows all of them that its log has
     "r1_zero": "accuracy,held_out_accuracy,completion_tokens,entropy,no_signal,grad_norm",
     "base": "loss,grad_norm,weight_norm",
 }
 
 
 def read_log(folder: Path, stage: str = STAGE) -> list[dict]:
-    """The lines of one stage of a run. Raises ValueError, in one line, where the folder is not the
-    folder of a run, or the log has no line of the stage."""
+    """The log lines of one stage of a run. Raises ValueError, in one line, if the folder holds no
+    run, or if the log has no line of the stage."""
     if not (folder / "log.jsonl").is_file():
         raise ValueError(f"{folder} is not the folder of a run: it holds no log.jsonl")
     lines = (folder / "log.jsonl").read_bytes().split(b"\n")
     try:
-        records = list(map(json.loads, lines[:-1]))  # the last may be half written
+        records = list(map(json.loads, lines[:-1]))  # the last line may be half written
         found = [record for record in records if record["stage"] == stage]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder}/log.jsonl has a line that no run wrote") from None
@@ -43,14 +43,13 @@ def read_log(folder: Path, stage: str = STAGE) -> list[dict]:
 
 
 def add_stage(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stage", default=STAGE, help=f"whose lines of the log [{STAGE}]")
+    parser.add_argument("--stage", default=STAGE, help=f"stage whose log lines are read [{STAGE}]")
 
 
 def check_picture(parser: argparse.ArgumentParser, flag: str, path: Path | None) -> None:
-    """End the program with a line on what is wrong, before any work, where a picture could not be
-    drawn."""
+    """End the program in one line, before any work, if the picture could not be drawn or saved."""
     if path and path.is_dir():
-        parser.error(f"{flag} {path}: a folder, where the name of a picture should be")
+        parser.error(f"{flag} {path}: this is a folder, and the picture needs the name of a file")
     if path and not path.absolute().parent.is_dir():
         parser.error(f"{flag} {path}: there is no folder {path.parent}")
     if path and not importlib.util.find_spec("matplotlib"):
@@ -60,21 +59,23 @@ def check_picture(parser: argparse.ArgumentParser, flag: str, path: Path | None)
 def choose_curves(
     parser: argparse.ArgumentParser, asked: str | None, stage: str, logs: list[list[dict]]
 ) -> list[str]:
-    """The curves that were asked for, which must be in a log; or the stage's own that are."""
-    there = {field for records in logs for record in records for field in record}
-    there -= {"stage", "step"}
+    """The fields to draw: the fields that were asked for, or else the fields of CURVES that a log
+    has. Ends the program in one line for a field that no log has."""
+    logged = {field for records in logs for record in records for field in record}
+    logged -= {"stage", "step"}
     if not asked:
-        own = CURVES.get(stage, ",".join(CURVES.values())).split(",")
-        return [field for field in dict.fromkeys(own) if field in there] or sorted(there)
+        usual = CURVES.get(stage, ",".join(CURVES.values())).split(",")
+        return [field for field in dict.fromkeys(usual) if field in logged] or sorted(logged)
     for field in asked.split(","):
-        if field not in there:
-            parser.error(f"--curves: no log has a field {field}, but {', '.join(sorted(there))}")
+        if field not in logged:
+            known = ", ".join(sorted(logged))
+            parser.error(f"--curves: no log has the field {field}; there are {known}")
     return asked.split(",")
 
 
 def draw_curves(path: Path, logs: dict[str, list[dict]], curves: list[str]) -> None:
-    """A panel for each field of the log in `curves`, and in it a line for each log, by its name;
-    points where a field stands in few lines only."""
+    """Draw a panel for each field in `curves`, with a curve for each log. `logs` holds the log
+    lines by the name in the legend. A field that not every line has gets a marker at each point."""
     import matplotlib
 
     matplotlib.use("Agg")
