@@ -25,11 +25,13 @@ never raises. data/chains.py is the task to read, or to copy.
 from functools import cache
 
 from data.chains import Chains
+from data.signs import Signs
 from data.tokenizer import Tokenizer
 
 TASKS = {
     task.name: task
     for task in (
+        Signs("signs"),
         Chains("chains"),
         Chains("chains-en-ko", languages=("en", "ko")),
         Chains(
