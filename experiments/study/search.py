@@ -1,0 +1,214 @@
+"""How a model of signs searches: what it tries, whether its verdicts are true, when it stops; and
+its base model, as it is and where it may not give up.
+
+    python -m experiments.study.search RUN        # RUN/search.json
+    python -m experiments.study.search RUN --problems 32 --samples 4
+
+A base model "may not give up" where a line break is forced after <think> and after each "no", up to
+the same limit of tokens. What GRPO adds to mere going on is the margin over it.
+"""
+
+import json
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import TASKS
+from data.problem import Problem, stream
+from data.signs import MAX_TOTAL, Signs, candidates, line, parts_of, tries_of
+from experiments.study.measure import finished_run
+from kit.evaluate import Answers, answer_problems, grade, held_out_problems
+from kit.flags import command_line
+from kit.run import set_up
+from model import KVCache, Transformer, write_whole
+from rewards import format_reward
+from sample import load_policy, tokenizer_of
+
+PROBLEMS, SAMPLES = 128, 4  # held-out problems of each level, completions of each
+FAILURES = (0, 1, 2, 3, 5, 7, 9)  # misses before a planted try
+PLANTED = 3  # level of planted tries: four numbers
+
+
+class MayNotGiveUp:
+    """A model that begins a try after <think> and after each "no". For sampling, with a cache."""
+
+    def __init__(self, model: Transformer):
+        self.model, self.config, self.embedding = model, model.config, model.embedding
+        self.in_bfloat16 = model.in_bfloat16
+        encode = tokenizer_of(model).encode
+        self.before = torch.tensor(encode("<think> no", tags=True), device=model.cos.device)
+        (self.line_break,) = encode("\n")
+
+    def __call__(self, tokens: Tensor, cache: KVCache, first: int = 0) -> Tensor:
+        logits = self.model(tokens, cache, first)
+        forced = torch.isin(tokens[:, first:], self.before)
+        logits[forced] = -torch.inf
+        logits[..., self.line_break][forced] = 0.0
+        return logits
+
+
+def describe(problems: list[Problem], answers: Answers) -> dict:
+    """What completions show of the search. Shares are of all tries unless said otherwise.
+
+    "lift" is the hits over the sum, over the same tries, of that problem's share of candidates that
+    hit. It is 1 in expectation for uniform random tries under any rule of stopping. "uniform
+    repeats" is the share of repeats that uniform random tries would have at the same places.
+    """
+    rows = [
+        (problem, text, tries_of(problem, text))
+        for problem, group in zip(problems, answers)
+        for text, _ in group
+    ]
+    tries = [each for *_, found in rows for each in found]
+    chance, uniform = 0.0, 0.0
+    for problem, _, found in rows:
+        numbers, target = parts_of(problem)
+        values = list(candidates(numbers).values())
+        misses = len(values) - values.count(target)
+        chance += len(found) * (1 - misses / len(values))
+        for index in range(len(found)):
+            seen = 1 - (1 - 1 / misses) ** index if misses else 0.0  # of the misses, by then
+            uniform += misses / len(values) * seen
+    judged = [each for each in tries if each.verdict]
+    ends = Counter(how_it_ends(text, found) for _, text, found in rows)
+    return {
+        "pass@1": grade(problems, answers).mean(),
+        "format": np.mean([format_reward(text) for _, text, _ in rows]),
+        "tokens": np.mean([tokens for group in answers for _, tokens in group]),
+        "tries": np.mean([len(found) for *_, found in rows]),
+        "most tries": max(len(found) for *_, found in rows),
+        "numbers and target copied": mean(each.copied for each in tries),
+        "totals right": mean(each.computed for each in tries),
+        "verdicts true": mean(each.truthful for each in judged),
+        "lift": sum(each.hits for each in tries) / chance if chance else None,
+        "repeats": mean(each.repeated for each in tries),
+        "uniform repeats": uniform / len(tries) if tries else None,
+        "ends": {how: count / len(rows) for how, count in sorted(ends.items())},
+        "goes on": goes_on([(text, found) for _, text, found in rows]),
+    }
+
+
+def mean(values) -> float | None:
+    """None where there is nothing to tell."""
+    values = list(values)
+    return float(np.mean(values)) if values else None
+
+
+def how_it_ends(text: str, tries: list) -> str:
+    """By "yes", by giving up after a miss, at the limit of tokens, without a try."""
+    if "</think>" not in text:
+        return "limit"
+    if not tries:
+        return "no try"
+    return "yes" if tries[-1].verdict == "yes" else "gave up"
+
+
+def goes_on(rows: list[tuple[str, list]]) -> dict[str, tuple[float, int]]:
+    """By the index of a try: the share of its "no" that is followed by a new try, and how often it
+    was said. Thoughts that the limit cut after a "no" do not count there."""
+    found = defaultdict(list)
+    for text, tries in rows:
+        for index, each in enumerate(tries, 1):
+            if each.verdict == "no" and (index < len(tries) or "</think>" in text):
+                found[str(index)].append(index < len(tries))
+    return {index: (mean(went), len(went)) for index, went in found.items()}
+
+
+def plant(rng: random.Random, problem: Problem, failures: int) -> dict[str, tuple[Problem, str]]:
+    """Tries that were written for a model, up to their verdict: problems over the same numbers, and
+    the opening of a thought about each. After `failures` misses the last try hits, misses, or
+    misses by one."""
+    task, (numbers, _) = TASKS[problem.task], parts_of(problem)
+    values = candidates(numbers)
+    tried, value = rng.choice(list(values.items()))
+    targets = {
+        "hit": value,
+        "miss": rng.choice([x for x in values.values() if x != value]),
+        "miss by one": rng.choice([x for x in (value - 1, value + 1) if 0 <= x <= MAX_TOTAL]),
+    }
+    planted = {}
+    for kind, target in targets.items():
+        misses = [x for x, total in values.items() if total != target]
+        lines = [line(target, x) for x in (*rng.choices(misses, k=failures), tried)]
+        planted[kind] = task.ask(numbers, target), "".join(lines).rpartition(" ")[0]
+    return planted
+
+
+@torch.no_grad()
+def verdicts(model: Transformer, level: int, failures: int, seed: int, count: int = 200) -> dict:
+    """P("yes") after planted tries of each kind, for held-out lists of numbers."""
+    rng, tokenizer = stream(seed, "planted", failures), tokenizer_of(model)
+    (yes,) = tokenizer.encode(" yes")
+    found = defaultdict(list)
+    for asked in held_out_problems(model.config.task, [level], count, seed, "planted"):
+        for kind, (problem, thought) in plant(rng, asked, failures).items():
+            ids = tokenizer.encode(problem.prompt)
+            ids += tokenizer.encode(f"<think>{thought}", tags=True)
+            logits = model(torch.tensor([ids], device=model.cos.device), first=len(ids) - 1)
+            found[kind].append(logits[0, 0].softmax(-1)[yes].item())
+    return {kind: mean(values) for kind, values in found.items()}
+
+
+def examine(model: Transformer, levels: list[int], problems: int, samples: int, **how) -> dict:
+    """`describe` for each level, all of them above 1."""
+    found = {}
+    for level in levels:
+        asked = held_out_problems(model.config.task, [level], problems, how["seed"], "search")
+        found[str(level)] = describe(asked, answer_problems(model, asked, samples, **how))
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run that has ended")
+    for name, count in (("--problems", PROBLEMS), ("--samples", SAMPLES)):
+        parser.add_argument(name, type=int, default=count, help=f"[{count}]")
+    flags = parser.parse_args(arguments)
+    try:
+        config = finished_run(flags.run)
+        if not isinstance(TASKS[config.task], Signs):
+            raise ValueError(f"{flags.run} is of {config.task}: only thoughts of signs are read")
+        set_up(config)
+        base, r1_zero = (load_policy(flags.run / f"{x}.pt") for x in ("base", "r1_zero"))
+    except ValueError as error:
+        parser.error(str(error))
+    models = {"base": base, "base that may not give up": MayNotGiveUp(base), "R1-Zero": r1_zero}
+    how = {"limit": config.max_new_tokens, "seed": config.seed}
+    levels = [level for level in config.levels if level > 1]
+    result = {
+        name: examine(model, levels, flags.problems, flags.samples, **how)
+        for name, model in models.items()
+    }
+    result["planted"] = {
+        name: {failures: verdicts(model, PLANTED, failures, config.seed) for failures in FAILURES}
+        for name, model in (("base", base), ("R1-Zero", r1_zero))
+    }
+    path = flags.run / "search.json"
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    print(summary(result), f"-> {path}", sep="\n")
+
+
+def summary(result: dict) -> str:
+    """The first of it as a table."""
+    shown = ("pass@1", "format", "tokens", "tries", "most tries", "totals right", "lift")
+    lines = [f"{'':34}" + "".join(f"{name:>13}" for name in shown)]
+    for name, levels in result.items():
+        for level, found in levels.items() if name != "planted" else ():
+            numbers = (found[x] for x in shown)
+            cells = "".join(f"{'-' if x is None else f'{x:.3f}':>13}" for x in numbers)
+            lines.append(f"{f'{name}, {int(level) + 1} numbers':34}{cells}")
+    for name, told in result["planted"].items():
+        for failures, kinds in told.items():
+            kinds = ", ".join(f"{x:.3f} after a {kind}" for kind, x in kinds.items())
+            lines.append(f'{name}, P("yes") after {failures} misses: {kinds}')
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

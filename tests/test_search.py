@@ -1,0 +1,114 @@
+"""The study of how a model searches, on completions that are known."""
+
+import json
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+
+from data import TASKS, get_tokenizer
+from data.problem import sample_problems
+from data.signs import candidates, line, parts_of, tries_of
+from experiments.study import search
+from kit.evaluate import answer_problems
+from tests.small import small_model
+
+SIGNS = TASKS["signs"]
+MAKE_7 = SIGNS.ask((4, 3, 6), 7)  # one of six candidates hits
+MISS, HIT, SLIP = (
+    "\n 7 : 4 - 3 = 1 * 6 = 6 no",
+    "\n 7 : 4 - 3 = 1 + 6 = 7 yes",
+    "\n 7 : 4 + 3 = 8 + 6 = 14 yes",
+)
+ENDS = "</think><answer> 4 - 3 + 6</answer>"
+
+
+def described(*thoughts):
+    return search.describe([MAKE_7], [[(f"<think>{thought}", 10) for thought in thoughts]])
+
+
+def test_tries_are_counted_and_judged():
+    found = described(MISS + HIT + ENDS, MISS + MISS + ENDS, " easy" + ENDS, SLIP + MISS + "\n 7 :")
+    assert found["tries"] == 6 / 4 and found["most tries"] == 2
+    assert found["pass@1"] == found["format"] == 3 / 4 and found["tokens"] == 10
+    assert found["totals right"] == found["verdicts true"] == 5 / 6
+    assert found["numbers and target copied"] == 1 and found["repeats"] == 1 / 6
+    assert found["ends"] == {"gave up": 1 / 4, "limit": 1 / 4, "no try": 1 / 4, "yes": 1 / 4}
+    assert found["goes on"] == {"1": (1.0, 2), "2": (0.0, 1)}
+
+
+def test_lift_compares_with_the_share_of_candidates_that_hit():
+    """Six tries, each with a chance of one in six; one hits."""
+    assert described(MISS + HIT + ENDS, MISS + MISS + ENDS, MISS + MISS)["lift"] == pytest.approx(1)
+    assert described(HIT + ENDS)["lift"] == pytest.approx(6)
+    assert described(" easy" + ENDS)["lift"] is None
+
+
+def test_uniform_repeats_are_what_random_tries_would_repeat():
+    """A second try misses with chance 5/6, and is then one of five misses, one of them seen."""
+    found = described(MISS + MISS + ENDS)
+    assert found["repeats"] == 1 / 2
+    assert found["uniform repeats"] == pytest.approx((0 + 5 / 6 * 1 / 5) / 2)
+
+
+def test_random_tries_have_lift_1_under_any_rule_of_stopping():
+    """And repeat as often as is said; simulated, giving up after a third miss."""
+    rng = random.Random(0)
+    texts = []
+    for _ in range(4000):
+        lines = []
+        while len(lines) < 3 and not (lines and lines[-1].endswith("yes")):
+            lines.append(line(7, rng.choice(list(candidates((4, 3, 6))))))
+        texts.append("".join(lines) + ENDS)
+    found = described(*texts)
+    assert found["lift"] == pytest.approx(1, abs=0.07)
+    assert found["repeats"] == pytest.approx(found["uniform repeats"], abs=0.02)
+
+
+def test_a_model_that_may_not_give_up_tries_again():
+    """After <think> and each "no" comes a line break, and nothing else changes."""
+    model = small_model(task="signs")
+    words = get_tokenizer("signs")
+    no, think = words.encode("<think> no", tags=True)[::-1]
+    tokens = torch.tensor([[words.encode(" yes")[0], no, 300, think]])
+    forced = search.MayNotGiveUp(model)
+    found, expected = forced(tokens, None), model(tokens)
+    assert torch.equal(found[0, [0, 2]], expected[0, [0, 2]])
+    for column in (1, 3):
+        assert words.decode([found[0, column].argmax().item()]) == "\n"
+        assert found[0, column].isfinite().sum() == 1
+    ((text, _),) = answer_problems(forced, [MAKE_7], 1, limit=60, seed=0)[0:1][0]
+    assert all(part[:1] in ("\n", "") for part in text.split("<think>")[1:])
+
+
+def test_planted_tries_are_hits_and_misses():
+    """Each after as many misses as asked; only the last verdict is missing."""
+    rng, gaps = random.Random(0), defaultdict(set)
+    for asked in sample_problems(rng, SIGNS, [2, 3], 50):
+        for kind, (problem, thought) in search.plant(rng, asked, failures=2).items():
+            (numbers, target), tries = parts_of(problem), tries_of(problem, f"<think>{thought} no")
+            assert numbers == parts_of(asked)[0] and len(tries) == 3
+            assert all(each.copied and each.computed for each in tries)
+            assert not any(each.hits or not each.truthful for each in tries[:2])
+            assert not thought.endswith((" no", " yes"))
+            gaps[kind].add(abs(candidates(numbers)[tries[2].expression] - target))
+    assert gaps["hit"] == {0} and gaps["miss by one"] == {1}
+    assert 0 not in gaps["miss"] and len(gaps["miss"]) > 3
+
+
+def test_the_probability_of_yes_is_told():
+    """Of a model that finds every token as likely."""
+    model = small_model(task="signs")
+    with torch.no_grad():
+        model.norm.weight.zero_()
+    assert search.verdicts(model, 2, failures=0, seed=0, count=4) == pytest.approx(
+        dict.fromkeys(("hit", "miss", "miss by one"), 1 / model.config.vocab_size)
+    )
+
+
+def test_its_numbers_are_plain_as_json_needs():
+    """Of each level that is asked."""
+    model = small_model(task="signs")
+    found = search.examine(model, [2, 3], 4, 2, limit=40, seed=0)
+    assert set(json.loads(json.dumps(found))) == {"2", "3"}
