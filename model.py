@@ -3,7 +3,8 @@
 RMSNorm before each sublayer, grouped-query attention, SwiGLU, no biases, embeddings tied to the
 output. No dropout: the policy that samples and the policy that is trained must be the same
 function. Positions enter twice. Learned vectors make "the third operand" easy to find, rotary
-angles make "two tokens before me" easy to find.
+angles make "two tokens before me" easy to find. A model may do without the learned vectors: it can
+then read on where no text of its training went.
 
 B rows; T token positions; S positions held in the cache; V vocabulary.
 """
@@ -41,6 +42,7 @@ class ModelConfig:
     max_seq_len: int  # longest prompt plus completion, in tokens
     vocabulary: str = ""  # a name for the words that the ids stand for: `Tokenizer.fingerprint`
     task: str = ""  # the row of data.TASKS whose words these are
+    learned_positions: bool = True  # a vector for each position, beside the rotary angles
 
     @property
     def head_dim(self) -> int:
@@ -179,7 +181,8 @@ class Transformer(nn.Module):
         self.config = config
         self.in_bfloat16 = False  # whether blocks multiply in it; weights and logits stay float32
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.position = nn.Embedding(config.max_seq_len, config.d_model)
+        if config.learned_positions:
+            self.position = nn.Embedding(config.max_seq_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model)
         frequency = ROTARY_BASE ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
@@ -257,7 +260,9 @@ class Transformer(nn.Module):
             mask = mask.repeat(1, 1, self.config.n_head // self.config.n_kv_head, 1)
             cache.lengths += T  # in place: a captured step reads them where they are
         angles = self.cos[positions][:, None], self.sin[positions][:, None]
-        x = self.embedding(tokens) + self.position(positions)
+        x = self.embedding(tokens)
+        if self.config.learned_positions:
+            x = x + self.position(positions)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             for block in self.blocks:
                 x = block(x, angles, positions, mask, cache)

@@ -539,8 +539,9 @@ def base_model(config: Config, run: Run) -> Transformer:
     check_room(config.task, hardest, hardest + TASKS[config.task].beyond, *sizes)
     names = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_seq_len")
     shape = {name: getattr(config, name) for name in names}
-    words = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
-    model_config = ModelConfig(**words, **shape, task=config.task)
+    of_task = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
+    of_task |= {"learned_positions": TASKS[config.task].learned_positions, "task": config.task}
+    model_config = ModelConfig(**of_task, **shape)
     check_memory(config, model_config)
     model = Transformer(model_config)
     model.init_weights(config.seed, tokenizer.pieces)

@@ -8,6 +8,7 @@ A task is a row of TASKS: a frozen dataclass whose fields are its settings, with
     beyond                                              how many levels above are evaluated too
     hardest                                             the highest level that it can ask
     max_seq_len, max_new_tokens                         tokens of a row, of a completion
+    learned_positions                                   as in ModelConfig, for its models
     words                                               its vocabulary, beside numbers and tags
     problem(rng, level, *, language, held_out) -> Problem
     document(rng, levels, room) -> Document             no longer than `longest` or `room`

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 BATCHES_PER_POOL = 16
+JUMPING = 0.7  # share of the rows whose positions jump, where any do
 
 Row = tuple[int, list[int]]
 # tokens (B, T) int64, right-padded; mask (B, T) bool of the tokens to predict; positions (B, T)
@@ -39,6 +40,24 @@ def padded(rows: list[Row], pad_id: int) -> Batch:
     ends = torch.tensor([len(ids) for _, ids in rows])
     position = torch.arange(width)
     return tokens, (position >= starts[:, None]) & (position < ends[:, None]), None
+
+
+def jumping(tokens: Tensor, line_breaks: list[int], context: int, noise: torch.Generator) -> Tensor:
+    """Positions (B, T) int64 for tokens (B, T): they jump ahead where a line begins, at random, and
+    stay below `context`.
+
+    So a model meets every distance between two lines though documents are short, and can read on
+    where no document went (Ruoss et al. 2023). Exponential numbers over their sum are the parts
+    into which random cuts divide a row's whole jump.
+    """
+    B, T = tokens.shape
+    begins = torch.isin(tokens, torch.tensor(line_breaks))
+    parts = torch.empty(B, T).exponential_(generator=noise) * begins
+    rest = torch.empty(B, 1).exponential_(generator=noise)  # the part that no line takes
+    done = parts.cumsum(dim=1) / (parts.sum(dim=1, keepdim=True) + rest)
+    whole, jumps = torch.rand(2, B, 1, generator=noise)
+    whole = whole * (context - T) * (jumps < JUMPING)
+    return torch.arange(T) + (done * whole).long()
 
 
 class Batches:

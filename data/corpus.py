@@ -8,8 +8,10 @@ import random
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from data import TASKS, get_tokenizer
-from data.batches import BATCHES_PER_POOL, Batch, Batches, Row, cut_pool
+from data.batches import BATCHES_PER_POOL, Batch, Batches, Row, cut_pool, jumping
 from data.problem import Document, stream
 from data.tokenizer import Tokenizer
 
@@ -25,7 +27,7 @@ def document_batches(
     task: str, levels: Sequence[int], seed: int, tokens_a_batch: int, room: int
 ) -> Batches:
     """The pretraining batch of each step: documents of at most `room` tokens, none about a held-out
-    problem."""
+    problem. Their positions jump where the task's model has no learned ones."""
     tokenizer = get_tokenizer(task)
 
     def make_pool(number: int) -> list[Batch]:
@@ -34,7 +36,12 @@ def document_batches(
             written = TASKS[task].document(rng, levels, room)
             rows.append(encode_document(written, tokenizer))
             tokens += len(rows[-1][1])
-        return cut_pool(rows, tokenizer.pad_id, rng)
+        batches = cut_pool(rows, tokenizer.pad_id, rng)
+        if TASKS[task].learned_positions:
+            return batches
+        noise = torch.Generator().manual_seed(rng.getrandbits(63))
+        how = (tokenizer.line_breaks, room, noise)
+        return [(tokens, mask, jumping(tokens, *how)) for tokens, mask, _ in batches]
 
     return Batches(make_pool)
 

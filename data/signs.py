@@ -54,6 +54,7 @@ class Signs:
     apart: tuple[int, ...] = (1,)  # two numbers and a sign are a step of all longer lists
     max_seq_len: int = 320
     max_new_tokens: int = 256
+    learned_positions: bool = False  # a thought goes on where no document did
     languages: tuple[str, ...] = ("en",)
     example: str = "make 7 from 4 3 6"
 

@@ -24,8 +24,9 @@ PIECE = r"[ \n]?#?\p{N}+|[ \n]?\p{L}+:?|[ \n]?[^\s\p{L}\p{N}]|\s"
 
 class Tokenizer:
     """Text to token ids and back. `eos_id` ends a sequence; `pad_id` fills a batch and is never
-    trained on. `pieces` are the bytes of each id. `fingerprint` tells this vocabulary from any
-    other, as ids mean nothing to a model that learned other words.
+    trained on. `pieces` are the bytes of each id, and `line_breaks` are the ids that begin a line.
+    `fingerprint` tells this vocabulary from any other, as ids mean nothing to a model that learned
+    other words.
 
     Raises ValueError, in one line, for a word that stands twice, as a number would, and for a word
     that texts split."""
@@ -53,6 +54,7 @@ class Tokenizer:
         self.pad_id: int = special["<pad>"]
         self.vocab_size: int = self._encoding.n_vocab
         self.pieces: list[bytes] = [*pieces, *(text.encode() for text in special)]
+        self.line_breaks: list[int] = [i for i, x in enumerate(self.pieces) if x[:1] == b"\n"]
         vocabulary = b"\0".join((PIECE.encode(), *self.pieces))
         self.fingerprint: str = hashlib.sha256(vocabulary).hexdigest()[:16]
 

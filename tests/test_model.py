@@ -177,6 +177,20 @@ def test_each_row_has_its_own_positions(model):
     )
 
 
+def test_a_model_may_do_without_learned_positions(model, tmp_path):
+    """It is then the model whose learned vectors are 0, and is saved as what it is."""
+    without = Transformer(replace(CONFIG, learned_positions=False)).to(model.norm.weight.dtype)
+    weights = {name: x for name, x in model.state_dict().items() if name != "position.weight"}
+    without.load_state_dict(weights)
+    with torch.no_grad():
+        model.position.weight.zero_()
+    tokens, positions = random_tokens(1, 6), torch.tensor([POSITIONS["a jump"]])
+    found = without(tokens, positions=positions)
+    torch.testing.assert_close(found, model(tokens, positions=positions), **EXACTLY)
+    save_model(tmp_path / "model.pt", without.float())
+    assert load_model(tmp_path / "model.pt").config == without.config
+
+
 def test_rotary_angles_tell_distances_alone(model):
     """Without the learned vectors, a row may stand anywhere; but not with a gap in it."""
     tokens = random_tokens(1, 6)

@@ -46,6 +46,7 @@ class Sort:
     hardest: ClassVar = 19
     max_seq_len: ClassVar = 48
     max_new_tokens: ClassVar = 16
+    learned_positions: ClassVar = True
 
     def problem(self, rng, level, *, language="en", held_out=False):
         while True:
