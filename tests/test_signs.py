@@ -346,6 +346,7 @@ def test_measures_are_of_each_completion():
         miss + "\n 7 : 4 + 3 = 8 + 6 = 14 yes": {"tries": 2.0, "gives_up": 0.0}
         | shares
         | {"worked_out_right": 0.5, "verdicts_true": 0.5},
+        miss + miss: {"tries": 2.0, "gives_up": 0.0} | shares | {"tried_before": 0.5},
         " easy" + ends: {"tries": 0.0},
     }.items():
         assert SIGNS.measures(MAKE_7, f"<think>{thought}") == expected
