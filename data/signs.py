@@ -52,6 +52,8 @@ class Signs:
     give_up: float = 0.4
     levels: tuple[int, int] = (1, 4)
     apart: tuple[int, ...] = (1,)  # two numbers and a sign are a step of all longer lists
+    beyond: int = 0  # more numbers than were learned are answered one short, and so never right
+    hardest: int = MOST_NUMBERS - 1
     max_seq_len: int = 320
     max_new_tokens: int = 256
     learned_positions: bool = False  # a thought goes on where no document did
