@@ -295,8 +295,9 @@ def sample(
     config: Config, policy: Transformer, step: int, generate: Callable = generate
 ) -> tuple[list[Problem], Rollout]:
     """The problems of a step, and G completions of each by the policy as it is now."""
-    rng, P = stream(config.seed, "problems", step), config.prompts
-    problems = sample_problems(rng, TASKS[config.task], config.levels, P, first=step * P)
+    rng, P, task = stream(config.seed, "problems", step), config.prompts, TASKS[config.task]
+    more = [level for level in task.more_turns if level in config.levels]
+    problems = sample_problems(rng, task, [*config.levels, *more], P, first=step * P)
     rollout = complete(
         policy,
         problems,

@@ -4,6 +4,7 @@ A task is a row of TASKS: a frozen dataclass whose fields are its settings, with
 
     name, example                                       its row; a problem as a person types it
     levels, languages                                   what is asked unless somebody says otherwise
+    more_turns                                          levels that training asks for more often
     apart                                               levels that are evaluated on their own
     beyond                                              how many levels above are evaluated too
     hardest                                             the highest level that it can ask

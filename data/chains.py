@@ -62,6 +62,7 @@ class Chains:
     max_total: int = 20
     languages: tuple[str, ...] = ("en",)
     levels: tuple[int, int] = (1, 5)
+    more_turns: tuple[int, ...] = ()
     apart: tuple[int, ...] = (1,)  # problems of one operation are steps of all others
     beyond: int = 4
     hardest: int = MAX_STEP

@@ -51,6 +51,7 @@ class Signs:
     most_tries: int = 3
     give_up: float = 0.4
     levels: tuple[int, int] = (1, 4)
+    more_turns: tuple[int, ...] = (2, 3, 4, 3)  # two numbers are soon right, and teach nothing then
     apart: tuple[int, ...] = (1,)  # two numbers and a sign are a step of all longer lists
     beyond: int = 0  # more numbers than were learned are answered one short, and so never right
     hardest: int = MOST_NUMBERS - 1

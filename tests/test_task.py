@@ -42,6 +42,7 @@ class Sort:
     ruled: bool = True
     words: ClassVar = ("sort", "smallest", "then", "maybe")
     apart: ClassVar = ()
+    more_turns: ClassVar = ()
     beyond: ClassVar = 4
     hardest: ClassVar = 19
     max_seq_len: ClassVar = 48

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -828,3 +829,12 @@ def test_a_trained_model_answers_a_typed_problem(tiny_run, capsys):
     shown = capsys.readouterr().out
     assert shown.count("--- accuracy") == 8
     assert "rewarded for accuracy=1,format=1; a right answer is 4" in shown
+
+
+def test_levels_take_turns_and_some_take_more():
+    """Over several steps each comes as often as it is named; a level that is not asked never."""
+    config = replace(SMALL, task="signs", min_level=1, max_level=3, prompts=4, max_new_tokens=1)
+    policy, asked = small_model(task="signs"), Counter()
+    for step in range(3):
+        asked.update(problem.level for problem in train.sample(config, policy, step)[0])
+    assert TASKS["signs"].more_turns == (2, 3, 4, 3) and asked == {1: 2, 2: 4, 3: 6}
