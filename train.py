@@ -442,7 +442,7 @@ def grpo(
         inputs, teaches = loss_inputs(config, policy, reference, rollout, advantages)
         sampled = time.perf_counter()
 
-        lr = learning_rate(config.lr, step, config.steps, warmup=5, decay_from=0.5)
+        lr = learning_rate(config.lr, step, config.steps, warmup=5, decay_from=0.6)
         updates = []
         for rows in minibatches(config, step, len(advantages)):  # line 10
             sums = add_gradient(config, policy, rollout, inputs, rows, teaches)
