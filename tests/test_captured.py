@@ -1,8 +1,11 @@
 """The captured decoder: it samples what the plain path does, and its step may be captured."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kit.captured
 from kit.captured import CapturedDecoder
@@ -214,6 +217,27 @@ def test_a_captured_step_does_nothing_that_a_capture_forbids(temperature, in_bfl
         "is_nonzero",
     }
     assert addresses() == before
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_captured_step_stays_on_its_device(temperature, monkeypatch):
+    """On a CPU a tensor made without `device=` looks at home. The meta device has no numbers: it
+    refuses a tensor from elsewhere, and to tell the host a number."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **how: nullcontext())  # meta has none
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            given = operator(*args, **kwargs or {})
+            tensors = filter(torch.is_tensor, tree_leaves((args, kwargs, given)))
+            assert {x.device.type for x in tensors} <= {"meta"}, operator
+            seen.add(operator.overloadpacket.__name__)
+            return given
+
+    model, seen = make_model().float().to("meta"), set()
+    decoder = CapturedDecoder(model, 3, 12)
+    with torch.no_grad(), Devices():
+        decoder.step(3, 8, temperature, EOS)
+    assert {"embedding", "index_put_", "mm"} <= seen, "the test must see what is called"
 
 
 def test_a_captured_decoder_that_does_not_fit_is_refused():
