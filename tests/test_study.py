@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 import sample
 import train
@@ -527,7 +529,26 @@ def test_the_readmes_pictures_are_drawn_from_the_results(tmp_path):
     assert drawn == {f"{name}.png" for name in pictures.PICTURES}
     for name in drawn:
         assert f"experiments/results/{name}" in (ROOT / "README.md").read_text()
-        assert (RESULTS / name).read_bytes().startswith(b"\x89PNG")
+        shown, expected = (Image.open(folder / name).text for folder in (RESULTS, tmp_path))
+        assert shown["Description"] == expected["Description"], f"{name}: draw it anew"
+
+
+def test_a_pictures_lines_are_the_numbers_of_the_results():
+    """Two seeds of two steps, the means worked out by hand; a step that one seed lacks has none."""
+    log = [
+        [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 1.0}],
+        [{"step": 1, "reward": 1.5}, {"step": 2, "reward": 1.5}, {"step": 3, "reward": 9.0}],
+    ]
+    figure = Figure()
+    axis = figure.subplots()
+    pictures.draw_spread(axis, log, "reward", [0.0, 0.5], label="GRPO")
+    assert axis.lines[0].get_xydata().tolist() == [[0, 0.25], [1, 1.0], [2, 1.25]]
+    (band,) = axis.collections
+    edges = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
+    assert edges == {(0, 0), (0, 0.5), (1, 0.5), (1, 1.5), (2, 1.0), (2, 1.5)}
+    before = pictures.shown_in(figure)
+    axis.lines[0].set_ydata([0.25, 1.0, 1.26])
+    assert pictures.shown_in(figure) != before
 
 
 def test_a_generated_block_is_written_anew(tmp_path):

@@ -5,6 +5,7 @@
 Needs matplotlib: pip install -r experiments/requirements.txt.
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -34,9 +35,17 @@ def draw_results(folder: Path) -> None:
         if (folder / f"{results}.json").exists():
             figure, axes = plt.subplots(1, columns, figsize=(10, 3.6), layout="constrained")
             draw(axes, json.loads((folder / f"{results}.json").read_text())[part])
-            figure.savefig(folder / f"{name}.png", dpi=150)
+            shown = {"Description": shown_in(figure)}  # the picture tells what it shows
+            figure.savefig(folder / f"{name}.png", dpi=150, metadata=shown)
             plt.close(figure)
             print(f"-> {folder / name}.png")
+
+
+def shown_in(figure) -> str:
+    """A digest of the names and points of all lines of a picture, whatever drew it."""
+    lines = [line for axis in figure.axes for line in axis.lines]
+    points = [[line.get_label(), *line.get_xydata().round(6).tolist()] for line in lines]
+    return hashlib.sha256(json.dumps(points).encode()).hexdigest()
 
 
 def draw_spread(axis, logs: Logs, field: str, start: list[float] | None = None, **look) -> None:
