@@ -1,4 +1,4 @@
-"""experiments/machine: what the benchmark counts. test_run.py has what a run survives."""
+"""experiments/machine: what the benchmark counts. What a run survives is in test_run.py."""
 
 import json
 from argparse import Namespace
@@ -13,14 +13,14 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_benchmark_takes_sampler_and_step_apart(tmp_path, monkeypatch, capsys):
-    """Tokens are useful ones, parts add up; peers that are missing are named."""
+    """Tokens end at the end token, the parts of a step add up, and missing peers are named."""
     missing = ("transformers", "trl")
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "bench.json")
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name in missing else True)
     common = ["--shape", "cpu", "--rows", "32", "--tokens", "12", "--repeat", "2"]
     bench.main(["sample", *common])
     bench.main(["sample", *common, "--ends"])
-    bench.main(["sample", *common, "--ends"])  # takes the place of the one before
+    bench.main(["sample", *common, "--ends"])  # replaces the result before
     bench.main(["step", *common, "--silent", "0.5"])
     shown = capsys.readouterr().out
     assert all(f"{name} is not installed" in shown for name in missing)
@@ -40,7 +40,7 @@ def test_the_benchmark_takes_sampler_and_step_apart(tmp_path, monkeypatch, capsy
 
 
 def test_a_step_trains_on_the_groups_with_signal_alone():
-    """The step changes the weights; groups of equal rewards do not go through the model."""
+    """A step changes the weights, and groups of equal rewards do not go through the model."""
     machine = bench.Machine("cpu", torch.float32)
     flags = Namespace(shape="cpu", rows=32, tokens=6, micro_batch=8, silent=0.5)
     step = bench.OurStep(flags, machine, bench.random_prompts(flags))
@@ -52,7 +52,7 @@ def test_a_step_trains_on_the_groups_with_signal_alone():
 
 
 def test_the_samplers_limit_is_its_bytes_and_products(monkeypatch):
-    """`seconds_at_best` is what a count one by one gives, at rates of 1e9."""
+    """`seconds_at_best` equals a count token by token, at rates of 1e9."""
     machine = bench.Machine("cpu", torch.float32)
     monkeypatch.setattr(bench.Machine, "flops_per_second", lambda self: 1e9)
     monkeypatch.setattr(bench.Machine, "bytes_per_second", lambda self: 1e9)
@@ -78,7 +78,7 @@ def test_the_readmes_table_of_speed_is_of_the_results():
 
 
 @pytest.mark.parametrize("kills", ["0", "-1"])
-def test_a_number_of_kills_that_is_none_is_refused(kills, capsys):
+def test_fewer_than_one_kill_is_refused(kills, capsys):
     """In one line, before any run begins."""
     with pytest.raises(SystemExit) as stop:
         kill.main([f"--kills={kills}"])

@@ -1,4 +1,4 @@
-"""How fast it is, how fast the machine could be, and how fast others are on the same work.
+"""The speed of this code, of the machine at best, and of other libraries on the same work.
 
     python -m experiments.machine.bench sample --shape 5M --rows 512 --tokens 128
     python -m experiments.machine.bench sample --shape 5M --rows 512 --tokens 128 --ends
@@ -6,16 +6,18 @@
     python -m experiments.machine.bench step --shape 1M --silent 0.5
     python -m experiments.machine.bench table
 
-In turn: the sampler where no row ends early, and where rows end by themselves; a step of GRPO, part
-by part, and the same where half of the groups have no signal; all results as the README's table.
-Each result is added to experiments/results/bench.json.
+The first command times the sampler when no row ends early, the second when rows end by themselves.
+The third times each part of a GRPO step, the fourth the same when half of the groups have no
+signal. The last writes all results into the README's table. Results are added to
+experiments/results/bench.json.
 
-Peers (pip install -r experiments/machine/requirements.txt): Hugging Face `generate` on a LLaMA of
-the same weights, whose logits are compared first, and TRL's GRPOTrainer. What is not installed is
-named and left out. On a GPU "ours" decodes by CUDA graphs, and our plain path is one more
-contestant. All contestants of a command take turns, and medians are kept. A token is a useful one:
-sampled, up to and including the end token. Where the device is a CPU, seconds are this process's
-CPU time (on one thread), so that neighbours do not count; else they are the clock's.
+The peers need `pip install -r experiments/machine/requirements.txt`; a missing peer is named and
+left out. They are TRL's GRPOTrainer, and Hugging Face `generate` on a LLaMA with our weights, after
+a check that its logits are ours. On a GPU "ours" decodes by CUDA graphs, and the plain path is one
+more contestant. The contestants take turns, and the median of each counts.
+
+Tokens are sampled tokens up to and including the end token. On a CPU, seconds are the CPU time of
+this process with one thread, so other processes do not count. On a GPU they are wall-clock time.
 """
 
 import argparse
@@ -43,8 +45,8 @@ from model import ROTARY_BASE, ModelConfig, Transformer
 from sample import generate
 
 RESULTS = collect.RESULTS / "bench.json"
-# A model with random weights is nearly uniform. With so few words its rows end after 64 of 128
-# tokens on average.
+# A model with random weights samples nearly uniformly. With 80 words and 128 tokens, its rows end
+# after 64 tokens on average.
 VOCABULARY, END = 80, 0
 PROMPT = 16  # tokens
 GROUP = 16
@@ -53,7 +55,7 @@ SHAPES = {  # layers, heads, key/value heads, width, feed-forward width
     "1M": (4, 4, 4, 128, 352),
     "5M": (6, 8, 8, 256, 704),
     "10M": (6, 6, 6, 384, 1024),
-    "cpu": (3, 4, 2, 64, 192),  # the presets' own
+    "cpu": (3, 4, 2, 64, 192),  # as in the presets of train.py
     "gpu": (6, 8, 4, 256, 768),
 }
 
@@ -63,7 +65,7 @@ SHAPES = {  # layers, heads, key/value heads, width, feed-forward width
 
 @dataclass
 class Machine:
-    """A device, and how time is taken on it."""
+    """A device, the dtype of its products, and measurements on it."""
 
     device: str
     dtype: torch.dtype
@@ -75,7 +77,7 @@ class Machine:
         return time.perf_counter()
 
     def median(self, job: Callable[[], object], repeat: int = 5) -> float:
-        """The seconds of a job, after one turn that does not count."""
+        """The median seconds of a job, after one turn as a warm-up."""
         seconds = []
         for _ in range(repeat + 1):
             start = self.now()
@@ -84,8 +86,7 @@ class Machine:
         return statistics.median(seconds[1:])
 
     def bytes_per_second(self) -> float:
-        """The rate of a copy, read and write counted: at best a sampler reads its cache like
-        this."""
+        """The rate of a copy, counting read and written bytes: a bound for reading a cache."""
         size = 2**28 if self.device != "cpu" else 2**25
         source = torch.ones(size, dtype=self.dtype, device=self.device)
         target = torch.empty_like(source)
@@ -103,7 +104,7 @@ class Machine:
 
 
 def made_with(machine: Machine) -> dict[str, str]:
-    """What a number needs beside it to be read."""
+    """The hardware and the versions behind a number."""
     if machine.device == "cpu":
         processor = (collect.processor_names() or [platform.processor()])[0]
         name = f"{processor}, {torch.get_num_threads()} thread(s)"
@@ -119,32 +120,32 @@ def made_with(machine: Machine) -> dict[str, str]:
 
 def our_model(flags: argparse.Namespace, machine: Machine) -> Transformer:
     model = Transformer(ModelConfig(VOCABULARY, *SHAPES[flags.shape], PROMPT + flags.tokens))
-    torch.nn.init.zeros_(model.position.weight)  # a LLaMA has rotary positions alone
+    torch.nn.init.zeros_(model.position.weight)  # a LLaMA has no learned positions
     model.in_bfloat16 = machine.dtype == torch.bfloat16
     return model.to(machine.device)
 
 
 def our_sampler(model: Transformer, flags: argparse.Namespace, machine: Machine) -> Callable:
-    """`generate`; on a GPU, `generate` by CUDA graphs."""
+    """`sample.generate`, or on a GPU the same by CUDA graphs."""
     if machine.device == "cpu":
         return generate
     return CapturedDecoder(model, flags.rows, PROMPT + flags.tokens).generate
 
 
 def multiplied_weights(model: Transformer) -> int:
-    """How many weights there are but for the positions', which are looked up."""
+    """The number of weights in matrix products. Position embeddings are only looked up."""
     return sum(weight.numel() for weight in model.parameters()) - model.position.weight.numel()
 
 
 def random_prompts(flags: argparse.Namespace) -> list[list[int]]:
-    """The same for every contestant, none with the end token."""
+    """Prompts without the end token, the same for every contestant."""
     generator, shape = torch.Generator().manual_seed(0), (flags.rows // GROUP, PROMPT)
     return torch.randint(1, VOCABULARY, shape, generator=generator).tolist()
 
 
 def as_llama(model: Transformer, machine: Machine) -> torch.nn.Module:
-    """Hugging Face's LLaMA with the same weights, in float32. Raises AssertionError where its
-    logits are not ours."""
+    """Hugging Face's LLaMA with the same weights, in float32. Raises AssertionError if its logits
+    are not ours."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ours = model.config
@@ -193,15 +194,18 @@ def as_llama(model: Transformer, machine: Machine) -> torch.nn.Module:
 
 
 def seconds_at_best(model: Transformer, machine: Machine, lengths: list[int]) -> float:
-    """What the arithmetic and the bytes of rows of these lengths take at the rates measured here.
+    """The seconds to sample rows of these lengths if only products and reads took time, at the
+    rates measured here.
 
-    Keys and values are read once per token, and weights multiplied once. That is 1 to 3 % too much:
-    the first token comes from the prompt's pass, and the last is not read again. On a CPU the two
-    times add up, on a GPU the longer one counts.
+    Each token multiplies every weight and reads all keys and values before it; each step of the
+    batch reads the weights once. That counts 1 to 3 % too much: the prompt's pass gives the first
+    token, and nothing reads the last token. On a CPU the two times add up; on a GPU the longer
+    time counts.
     """
     config, weights = model.config, multiplied_weights(model)
     kv_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * machine.dtype.itemsize
-    positions = sum(PROMPT * length + length * (length + 1) / 2 for length in lengths)  # read
+    # How many positions all tokens read together.
+    positions = sum(PROMPT * length + length * (length + 1) / 2 for length in lengths)
     attention = 4 * config.n_layer * config.d_model * positions
     compute = (2 * weights * sum(lengths) + attention) / machine.flops_per_second()
     read = kv_bytes * positions + weights * machine.dtype.itemsize * max(lengths)
@@ -212,19 +216,19 @@ def seconds_at_best(model: Transformer, machine: Machine, lengths: list[int]) ->
 def samplers(
     model: Transformer, flags: argparse.Namespace, machine: Machine, prompts: list[list[int]]
 ) -> dict[str, Callable[[], list[int]]]:
-    """The contestants: each samples the whole batch and gives the useful tokens of its rows."""
+    """The contestants by name. Each samples the whole batch and returns the tokens of each row."""
     end = END if flags.ends else -1
 
     def ours(generate: Callable) -> list[int]:
-        how = {"group_size": GROUP, "max_new_tokens": flags.tokens, "eos_id": end}
-        return generate(model, prompts, **how).mask.sum(dim=1).tolist()
+        settings = {"group_size": GROUP, "max_new_tokens": flags.tokens, "eos_id": end}
+        return generate(model, prompts, **settings).mask.sum(dim=1).tolist()
 
     sampler = our_sampler(model, flags, machine)
     contestants = {"ours": lambda: ours(sampler)}
     if sampler is not generate:
         contestants["our plain path"] = lambda: ours(generate)
     if not find_spec("transformers"):
-        print("transformers is not installed (experiments/machine/requirements.txt): no peers")
+        print("transformers is not installed (experiments/machine/requirements.txt): ours alone")
         return contestants
     llama = as_llama(model, machine).to(machine.dtype)
     rows = torch.tensor(prompts, device=machine.device).repeat_interleave(GROUP, dim=0)
@@ -264,14 +268,14 @@ def bench_sample(flags: argparse.Namespace, machine: Machine) -> dict:
                 print(f"{name:26} {rate:10,.0f} tokens/s   {length}", flush=True)
     best = sum(lengths["ours"]) / seconds_at_best(model, machine, lengths["ours"])
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    times = {name: medians["ours"] / rate for name, rate in medians.items() if name != "ours"}
+    speedups = {name: medians["ours"] / rate for name, rate in medians.items() if name != "ours"}
     return {
         "tokens_per_second": medians,
         "all": rates,
         "mean_length": {name: statistics.mean(values) for name, values in lengths.items()},
         "roofline": best,
         "share_of_roofline": medians["ours"] / best,
-        "times_as_fast_as": times,
+        "times_as_fast_as": speedups,
         "process_peak_bytes": machine.peak_bytes(),
     }
 
@@ -280,7 +284,8 @@ def bench_sample(flags: argparse.Namespace, machine: Machine) -> dict:
 
 
 def rewards_for(rows: int, silent: float, seed: int) -> torch.Tensor:
-    """Rewards (B,) of 0, 1 and 2; in the first groups, a share of `silent`, they are all equal."""
+    """Random rewards (B,) of 0, 1 and 2. In a share `silent` of the groups, the first ones, all
+    rewards are equal."""
     generator, shape = torch.Generator().manual_seed(seed), (rows // GROUP, GROUP)
     rewards = torch.randint(0, 3, shape, generator=generator).float()
     rewards[: round(silent * len(rewards))] = 1.0
@@ -288,7 +293,7 @@ def rewards_for(rows: int, silent: float, seed: int) -> torch.Tensor:
 
 
 class OurStep:
-    """One step of GRPO as `train.grpo` does it, with one update on all rows."""
+    """A step of GRPO as in `train.grpo`, with one update on all rows."""
 
     def __init__(self, flags: argparse.Namespace, machine: Machine, prompts: list[list[int]]):
         self.flags, self.machine, self.prompts, self.count = flags, machine, prompts, 0
@@ -303,15 +308,15 @@ class OurStep:
         self.rules = train.rules({"accuracy": 1.0, "format": 1.0}, get_tokenizer(task))
 
     def __call__(self) -> dict[str, float]:
-        """The seconds of each part of a step, and of the whole."""
+        """Take a step. Returns the seconds of each part and of the whole."""
         flags, config, model, times = self.flags, self.config, self.model, [self.machine.now()]
         self.count += 1
-        how = {"group_size": GROUP, "max_new_tokens": flags.tokens, "seed": self.count}
-        rollout = self.generate(model, self.prompts, eos_id=END, **how)
+        settings = {"group_size": GROUP, "max_new_tokens": flags.tokens, "seed": self.count}
+        rollout = self.generate(model, self.prompts, eos_id=END, **settings)
         times.append(self.machine.now())
         self.rules(self.problems, rollout, self.count)
         times.append(self.machine.now())
-        # Nothing that random weights say is right: the rewards to train on are drawn.
+        # A model with random weights earns next to nothing, so the update gets random rewards.
         rewards = {"reward": rewards_for(flags.rows, flags.silent, self.count)}
         advantages = train.outcome_advantages(config, rewards, rollout)
         inputs, teaches = train.loss_inputs(config, model, None, rollout, advantages)
@@ -326,7 +331,7 @@ class OurStep:
 
 
 def words_tokenizer() -> object:
-    """A tokenizer for TRL that knows the words w0, w1, ... and reads no file."""
+    """A tokenizer for TRL with the words w0, w1, ... that needs no file."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -341,13 +346,13 @@ def trl_trainer(
     prompts: list[list[int]],
     after_step: Callable[[float], None],
 ) -> object:
-    """A GRPOTrainer that does the same work as `OurStep`, and calls `after_step` with the seconds
-    of each step."""
+    """A GRPOTrainer that does the work of `OurStep`. After each step it calls `after_step` with the
+    seconds of the step."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    # As ours, its weights are in float32, and its products by autocast.
+    # Like our model, it keeps weights in float32 and multiplies under autocast.
     llama = as_llama(our_model(flags, machine), machine)
     llama.generation_config.eos_token_id = END
     calls = []
@@ -385,8 +390,8 @@ def trl_trainer(
     )
     texts = [" ".join(f"w{token}" for token in prompt) for prompt in prompts]
     data = Dataset.from_dict({"prompt": texts})
-    also = {"processing_class": words_tokenizer(), "callbacks": [Timer()]}
-    return GRPOTrainer(llama, reward, arguments, data, **also)
+    others = {"processing_class": words_tokenizer(), "callbacks": [Timer()]}
+    return GRPOTrainer(llama, reward, arguments, data, **others)
 
 
 def bench_step(flags: argparse.Namespace, machine: Machine) -> dict:
@@ -396,8 +401,8 @@ def bench_step(flags: argparse.Namespace, machine: Machine) -> dict:
     def turn(their_seconds: float | None = None) -> None:
         ours.append(our_step())
         theirs.append(their_seconds)
-        also = f", TRL {their_seconds:.2f} s" if their_seconds else ""
-        print(f"ours {ours[-1]['whole']:.2f} s{also}", flush=True)
+        peer = f", TRL {their_seconds:.2f} s" if their_seconds else ""
+        print(f"ours {ours[-1]['whole']:.2f} s{peer}", flush=True)
 
     if find_spec("trl"):
         trl_trainer(flags, machine, prompts, turn).train()
@@ -407,16 +412,17 @@ def bench_step(flags: argparse.Namespace, machine: Machine) -> dict:
             turn()
     ours, theirs = ours[flags.warmup :], theirs[flags.warmup :]
     seconds = {part: statistics.median(step[part] for step in ours) for part in ours[0]}
-    times = {} if None in theirs else {"TRL": statistics.median(theirs) / seconds["whole"]}
-    passes = 8 if our_step.model.in_bfloat16 else 6  # a forward more, for the old logps
-    products = passes * multiplied_weights(our_step.model) * our_step.trained
+    speedups = {} if None in theirs else {"TRL": statistics.median(theirs) / seconds["whole"]}
+    # Products a weight and token: forward 2, backward 4; in bfloat16 a forward more for old logps.
+    products = 8 if our_step.model.in_bfloat16 else 6
+    flops = products * multiplied_weights(our_step.model) * our_step.trained
     return {
         "seconds": seconds,
         "tokens": our_step.tokens,
-        "update_flop_utilisation": products / seconds["update"] / machine.flops_per_second(),
+        "update_flop_utilisation": flops / seconds["update"] / machine.flops_per_second(),
         "process_peak_bytes": machine.peak_bytes(),
         "all": {"ours": ours, "TRL": theirs},
-        "times_as_fast_as": times,
+        "times_as_fast_as": speedups,
     }
 
 
@@ -424,7 +430,7 @@ def bench_step(flags: argparse.Namespace, machine: Machine) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """What the README shows: a row for each result."""
+    """The README's table, in Markdown: a row for each result."""
     columns = ["work", "hardware", "ours", "products and copies alone", "times as fast as"]
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for row in results:
@@ -439,8 +445,8 @@ def table(results: list[dict]) -> str:
             silent = f", {settings['silent']:.0%} of groups silent" if settings["silent"] else ""
             work = f"GRPO step, {work}{silent.replace('%', ' %')}"
             ours, share = f"{result['seconds']['whole']:.2f} s", result["update_flop_utilisation"]
-        times = result["times_as_fast_as"].items()
-        peers = "; ".join(f"{name}: {ratio:.2f}" for name, ratio in times) or "-"
+        speedups = result["times_as_fast_as"].items()
+        peers = "; ".join(f"{name}: {ratio:.2f}" for name, ratio in speedups) or "-"
         cells = [work, row["made_with"]["hardware"], ours, f"{100 * share:.0f} %", peers]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -451,20 +457,20 @@ def main(arguments: list[str]) -> None:
     add = parser.add_argument
     add("job", choices=["sample", "step", "table"])
     add("--shape", choices=SHAPES, default="1M")
-    add("--rows", type=int, default=512, help="completions, 16 of each prompt [512]")
-    add("--tokens", type=int, default=64, help="new tokens at most [64]")
-    add("--ends", action="store_true", help="sample: rows end by themselves")
+    add("--rows", type=int, default=512, help="completions, 16 for each prompt [512]")
+    add("--tokens", type=int, default=64, help="most new tokens of a completion [64]")
+    add("--ends", action="store_true", help="sample: an end token ends a row early")
     add("--silent", type=float, default=0.0, help="step: share of groups without signal [0]")
-    add("--micro_batch", type=int, default=32, help="step: rows at once through our model [32]")
-    add("--trl_micro_batch", type=int, default=128, help="step: and through TRL's [128]")
-    add("--repeat", type=int, default=3, help="turns that count [3]")
-    add("--warmup", type=int, default=1, help="turns before them [1]")
+    add("--micro_batch", type=int, default=32, help="step: rows of our micro-batch [32]")
+    add("--trl_micro_batch", type=int, default=128, help="step: rows of TRL's micro-batch [128]")
+    add("--repeat", type=int, default=3, help="turns that are timed [3]")
+    add("--warmup", type=int, default=1, help="turns before the timed ones [1]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=1, help="of a CPU [1]")
+    add("--threads", type=int, default=1, help="threads of the CPU [1]")
     flags = parser.parse_args(arguments)
     counts = (flags.repeat, flags.tokens, flags.micro_batch, flags.trl_micro_batch)
     if min(counts) < 1 or not 0 <= flags.silent <= 1:
-        parser.error("counts must be at least 1, and --silent a share")
+        parser.error("counts must be at least 1, and --silent from 0 to 1")
     if flags.rows < GROUP or flags.rows % GROUP:
         parser.error(f"--rows must be a multiple of {GROUP}")
     if flags.job == "step" and flags.rows % min(flags.trl_micro_batch, flags.rows):
@@ -478,7 +484,7 @@ def main(arguments: list[str]) -> None:
         command = " ".join(["python -m experiments.machine.bench", *arguments])
         row = {"command": flags.job, "line": command, "settings": vars(flags)}
         row |= {"made_with": made_with(machine), "result": result}
-        same = ("line", "made_with")  # a second time takes the place of the first
+        same = ("line", "made_with")  # a result of the same command and machine is replaced
         results = [old for old in results if any(old[name] != row[name] for name in same)] + [row]
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

@@ -1,11 +1,11 @@
-"""Do to a run what life does to runs: kill it at random moments, fill its disk, move its folder
-away, put a file in its place. Each time it must go on to the very bits of a run left alone.
+"""Harm runs, resume them, and compare the results bit by bit with a run that was left alone.
 
     python -m experiments.machine.kill               # 100 kills: about twelve minutes
     python -m experiments.machine.kill --kills 5
 
-It trains a very small model. The runs that are harmed save after each step, so that many kills fall
-into the writing of a file; the run that is left alone never saves in the middle of a stage.
+The harm is a kill at a random moment, a full disk, a folder that is moved away, and a file put in
+its place. The model is very small. Harmed runs save after each step, so many kills interrupt the
+writing of a file. The run that is left alone never saves in the middle of a stage.
 """
 
 import hashlib
@@ -39,18 +39,19 @@ STAGES = ("base", "r1_zero")
 
 
 def log_without_times(folder: Path) -> list[dict]:
-    """The lines of a run's log, but for what a clock put there; none may be torn."""
+    """The lines of a run's log, without the fields of seconds. Raises ValueError for a torn
+    line."""
     records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [{key: value for key, value in x.items() if "seconds" not in key} for x in records]
+    return [{name: x for name, x in record.items() if "seconds" not in name} for record in records]
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """All that an ended run comes to, but for times: a hash for each of its files."""
+    """A hash of each file that a finished run leaves, without times."""
     found = {}
     for stage in STAGES:
         weights = load_model(folder / f"{stage}.pt").state_dict().values()
         found[f"{stage}.pt"] = b"".join(weight.numpy().tobytes() for weight in weights)
-    last = load_tensors(folder / "last.pt")  # no state of a stage is left in it, or json raises
+    last = load_tensors(folder / "last.pt")  # json below raises if a stage's tensors are left in it
     result = json.loads((folder / "result.json").read_text())
     for name, data in (
         ("last.pt", {key: last[key] for key in ("ended", "results", "stopped")}),
@@ -66,7 +67,7 @@ def outcome(folder: Path) -> dict[str, str]:
 def start(
     folder: Path, *, save_every: int = 0, largest_file: int = resource.RLIM_INFINITY
 ) -> subprocess.Popen:
-    """Begin the run in a folder, or go on with it."""
+    """Start the run of a folder, or resume it if it has begun."""
     begun = (folder / "last.pt").exists()
     arguments = [f"--resume={folder}"] if begun else [*FLAGS, f"--out={folder}"]
     return subprocess.Popen(
@@ -80,53 +81,53 @@ def start(
     )
 
 
-def finish(folder: Path, **how: int) -> dict[str, str]:
-    """Let the run in a folder come to its end."""
-    run = start(folder, **how)
+def finish(folder: Path, **settings: int) -> dict[str, str]:
+    """Let the run of a folder come to its end; returns its outcome."""
+    run = start(folder, **settings)
     _, said = run.communicate()
     assert run.returncode == 0, f"the run in {folder} ended with status {run.returncode}: {said}"
     return outcome(folder)
 
 
 def wait_for(condition: Callable[[], bool], run: subprocess.Popen, seconds: float) -> None:
-    """Look again and again until the condition holds, the run has ended or the time is up."""
+    """Wait until the condition holds, the run has ended or the time is up."""
     until = time.monotonic() + seconds
     while not condition() and run.poll() is None and time.monotonic() < until:
         time.sleep(0.0002)
 
 
 def progress(saved: dict) -> tuple[int, int, int]:
-    """How far a run had come: later saves have greater ones."""
+    """How far a run had come when it saved: tuples of later saves are greater."""
     return len(saved["ended"]), saved["stopped"].get("step", 0), len(saved["results"])
 
 
 def kill_at_random(rng: random.Random, folder: Path) -> str | None:
-    """Kill the run in a folder with SIGKILL at a random moment, and check what it left. Returns
-    where the kill fell, or None where the run came to its end before."""
+    """Kill the run of a folder with SIGKILL at a random moment, and check the files it left.
+    Returns where the kill fell, or None if the run had ended before."""
     last, partial = folder / "last.pt", folder / "last.pt.partial"
     before = load_tensors(last) if last.exists() else None
     written = last.stat().st_mtime_ns if before else 0
     run = start(folder)
-    if rng.random() < 0.1:  # before it has come further
+    if rng.random() < 0.1:  # perhaps before its first save
         wait_for(lambda: False, run, rng.uniform(0, 3))
     else:
         wait_for(lambda: last.exists() and last.stat().st_mtime_ns != written, run, 60)
         wait_for(lambda: False, run, rng.uniform(0, 1))
-        if rng.random() < 0.5:
+        if rng.random() < 0.5:  # while last.pt is being written
             wait_for(partial.exists, run, 1)
     run.kill()
     _, said = run.communicate()
     if run.returncode != -signal.SIGKILL:
-        assert run.returncode == 0, f"status {run.returncode}, and it was not killed: {said}"
+        assert run.returncode == 0, f"status {run.returncode} without a kill: {said}"
         return None
     if not last.exists():
-        assert not folder.exists(), "a folder without last.pt"
+        assert not folder.exists(), f"{folder} exists, without a last.pt"
         return "before its folder was there"
-    saved = load_tensors(last)  # raises ValueError if a bit of it is wrong
+    saved = load_tensors(last)  # raises ValueError if a bit is wrong
     for name, kept in saved["kept"].items():
         lost = kept - (folder / name).stat().st_size
         assert lost <= 0, f"{name} has lost {lost} bytes"
-    assert not before or progress(saved) >= progress(before), "last.pt is older than before"
+    assert not before or progress(saved) >= progress(before), "last.pt has gone back in time"
     ended, _, results = progress(saved)
     evaluating = ended > results or ended == len(STAGES)
     where = "in an evaluation" if evaluating else f"in {STAGES[ended]}"
@@ -134,8 +135,8 @@ def kill_at_random(rng: random.Random, folder: Path) -> str | None:
 
 
 def kill_many(kills: int, rng: random.Random, folders: Path, expected: dict) -> Counter:
-    """As many runs as it takes, each killed over and over until it ends all the same. Returns where
-    the kills fell."""
+    """Kill and resume runs until there were so many kills, and compare each outcome. Returns how
+    many kills fell where."""
     fell = Counter()
     bar = tqdm(total=kills, desc="kill", unit="kill", disable=None)
     for number in itertools.count():
@@ -152,15 +153,15 @@ def kill_many(kills: int, rng: random.Random, folders: Path, expected: dict) -> 
 
 def compare(found: dict, expected: dict) -> None:
     differing = [name for name in expected if found[name] != expected[name]]
-    assert not differing, f"not what a run left alone came to: {', '.join(differing)}"
+    assert not differing, f"these differ from the run left alone: {', '.join(differing)}"
 
 
 def full_disk(folder: Path, expected: dict) -> str:
-    """A limit on the size of files stands for the disk: like a full one, it holds for root too. It
-    is met when the optimizer is first saved."""
+    """Simulate a full disk by a limit on the size of files, which binds root too. The first save
+    that holds the optimizer meets the limit."""
     limit = 2 * (folder.parent / "whole" / "base.pt").stat().st_size
     said = last_words(start(folder, largest_file=limit))
-    assert not (folder / "last.pt.partial").exists(), "half a file still takes room"
+    assert not (folder / "last.pt.partial").exists(), "the partial file still takes room"
     compare(finish(folder), expected)
     return said
 
@@ -188,7 +189,7 @@ def moved_away(folder: Path, expected: dict, put_in_its_place: str) -> str:
 
 
 def last_words(run: subprocess.Popen) -> str:
-    """The one line that a run must end with when it cannot go on."""
+    """The last line of a run that cannot go on. It must be its only line, with status 1."""
     _, said = run.communicate()
     assert run.returncode == 1 and said.count("\n") == 1, f"status {run.returncode}: {said}"
     return said.strip()
@@ -196,8 +197,8 @@ def last_words(run: subprocess.Popen) -> str:
 
 def main(arguments: list[str]) -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--kills", type=int, default=100, help="how often, at least 1 [100]")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills, at least 1 [100]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills [0]")
     args = parser.parse_args(arguments)
     if args.kills < 1:
         parser.error(f"--kills must be at least 1, not {args.kills}")
@@ -205,7 +206,7 @@ def main(arguments: list[str]) -> None:
         folders = Path(name)
         expected = finish(folders / "whole", save_every=3600)
         assert expected["base.pt"] != expected["r1_zero.pt"], (
-            "GRPO changed nothing: it shows nothing"
+            "GRPO changed no weight, so the comparison would show nothing"
         )
         for harm in (full_disk, folder_moved_away, file_in_its_place):
             said = harm(folders / harm.__name__, expected)
@@ -214,7 +215,7 @@ def main(arguments: list[str]) -> None:
     print(f"{fell.total()} kills survived, 0 bytes lost:")
     for where, count in fell.most_common():
         print(f"{count:6} {where}")
-    print("and each run came to the same as the one left alone:")
+    print("each run came to the outcome of the run left alone:")
     for file, digest in expected.items():
         print(f"  {file:12} {digest}")
 
