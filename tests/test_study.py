@@ -1,4 +1,4 @@
-"""The study: what is measured of completions, variations and controls, the plan, its results."""
+"""The study: measurements of completions, variations, controls, the plan and its results."""
 
 import itertools
 import json
@@ -54,7 +54,7 @@ FEW += ["--max_new_tokens=20", *SHAPE_FLAGS]
 
 
 def refusal(program, arguments, capsys):
-    """What a program says when it refuses its arguments, which must be one line."""
+    """The one line with which a program refuses its arguments."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         program(arguments)
@@ -67,21 +67,21 @@ def refusal(program, arguments, capsys):
 
 
 def test_the_style_of_a_completion():
-    """Its steps and its checks tell it."""
+    """A check makes it "checked", else a step makes it "steps", else it is "glib"."""
     checked = dict.fromkeys((CAUGHT, BLIND, KOREAN), "checked")
     styles = {CLEAN: "steps", **checked, **dict.fromkeys((GLIB, " 12.", ""), "glib")}
     assert {text: measure.style_of(text) for text in styles} == styles
 
 
 def test_the_lenient_reading_wants_no_tags():
-    """It is the last number, wherever that stands."""
+    """The lenient answer is the last number, in a tag or not."""
     said = {CLEAN: "12", " it is 12.": "12", " 12 or 13": "13", BLIND: "10", " 112": "112"}
     said |= dict.fromkeys(("", " easy"), None)
     assert {text: measure.last_number(text) for text in said} == said
 
 
 def test_checks_are_counted():
-    """Right and wrong steps that were checked, and what became of them."""
+    """Checked steps are counted as right or wrong, and by what the check says of them."""
     counts = sum((measure.checks(text) for text in (CLEAN, CAUGHT, KOREAN, BLIND)), Counter())
     right = {"right": 3, "right, called wrong": 1}
     assert counts == {**right, "wrong": 3, "wrong, called wrong": 2, "wrong, mended": 2}
@@ -92,11 +92,11 @@ def answers_to(*groups):
 
 
 def test_measures_are_of_the_completions_given():
-    """Styles, pass@k, votes and lengths, by hand."""
+    """Styles, pass@k, votes and lengths are the numbers worked out by hand."""
     problems = [ASKED, CHAINS.ask("7 + 5")]
     keys = measure.own(problems)
     answers = answers_to([CLEAN, GLIB, " 12", " 11"], [GLIB, GLIB, CLEAN.replace("12<", "13<"), ""])
-    styles = measure.by_style(problems, answers, keys)
+    styles = measure.by_style(answers, keys)
     assert styles == {
         "glib": {"share": 6 / 8, "right": 4 / 6, "counted": 3 / 4},
         "steps": {"share": 2 / 8, "right": 1 / 2, "counted": 1.0},
@@ -107,7 +107,7 @@ def test_measures_are_of_the_completions_given():
     assert found["2"] == pytest.approx({"1": 0.5, "2": 5 / 6, "4": 1.0})
     assert measure.votes(problems, answers, 2) == 0.5, "no answer is no vote"
     tail = GLIB + " 13"  # which the accuracy rule counts, though its last number is another
-    found = measure.by_style(problems[:1], answers_to([tail]), keys[:1])
+    found = measure.by_style(answers_to([tail]), keys[:1])
     assert found == {"glib": {"share": 1, "right": 1, "counted": 1}}
     found = measure.lengths(problems, answers)
     assert found["2"]["right"] == (len(CLEAN) + len(GLIB)) / 2 and found["2"]["wrong"] == 3
@@ -132,7 +132,7 @@ SAID = answers_to(
 
 
 def test_chance_is_the_answers_of_all_others():
-    """Each other problem of the level with another answer; a level with one answer has none."""
+    """The keys for chance are the level's other answers; a level with one answer has no keys."""
     keys = measure.of_others(KNOWN)
     assert keys[:3] == [["3"], ["3"], ["12", "12"]]
     assert keys[3:] == [["11", "2"], ["20", "2"], ["20", "11"], []]
@@ -142,14 +142,14 @@ def test_chance_is_the_answers_of_all_others():
     two = ((5 / 6 + 1 / 2) / 2 + (0 + 1 / 2) / 2 + (5 / 6 + 1 / 2) / 2) / 3
     assert found["3"] == pytest.approx({"1": one, "2": two, "4": (1 + 1 / 2 + 1) / 3})
     assert found["4"] == {"1": None, "2": None, "4": None}, "unknown, neither 0 nor 1"
-    (style,) = measure.by_style(KNOWN[:3], SAID[:3], keys[:3]).values()
+    (style,) = measure.by_style(SAID[:3], keys[:3]).values()
     assert style == {"share": 1.0, "right": pytest.approx((1 + 3 + 3) / 12), "counted": 1.0}
-    (style,) = measure.by_style(KNOWN[6:], SAID[6:], keys[6:]).values()
+    (style,) = measure.by_style(SAID[6:], keys[6:]).values()
     assert style == {"share": 1.0, "right": None, "counted": None}
 
 
 def test_known_completions_are_described():
-    """Trained levels, the level after them and chance are told apart: no number is another's."""
+    """Numbers of the trained levels, of the next level and of chance do not mix."""
     found = measure.describe(KNOWN, SAID, hardest=2)
     own = [2 + 1 + 1, 1 + 1 + 0, 2]  # right of each level
     assert found["pass@1"] == found["lenient"] == pytest.approx(own[0] / 12)
@@ -167,7 +167,7 @@ def test_known_completions_are_described():
 
 
 def test_the_parts_of_a_gain():
-    """They add up to it, and are where the change was."""
+    """The parts add up to the gain, and a factor that did not change has the part 0."""
 
     def glib(share, right):
         return {"glib": {"share": share, "right": right, "counted": 1.0}}
@@ -186,7 +186,7 @@ def test_the_parts_of_a_gain():
 
 
 def test_an_opened_thought():
-    """It is part of the completion, and costs its tokens."""
+    """An opening is part of the completion, and its tokens count."""
     problems = [CHAINS.ask("7 + 8"), ASKED]
     config = replace(SMALL, max_new_tokens=9)
     for opening, tokens in (("", 0), ("<think>", 1), ("<think>\n#1", 2)):
@@ -197,7 +197,7 @@ def test_an_opened_thought():
 
 
 def test_noise_is_of_the_problem_and_of_no_model(monkeypatch):
-    """Two models get the same noise, two problems do not, and parts say what the whole does."""
+    """Models share their noise, problems do not, and sampling in parts changes no completion."""
     problems, seen = [ASKED] * 4, []
     config = replace(SMALL, max_new_tokens=9)
 
@@ -218,7 +218,7 @@ def test_noise_is_of_the_problem_and_of_no_model(monkeypatch):
 
 
 def test_forced_checks():
-    """They are the model's probabilities of the words that follow."""
+    """Forced checks are the model's probabilities of the next words."""
     model = small_model()
     found = measure.forced_checks(SMALL, model, [ASKED])
     ids = {word: tokenizer.encode(f" {word}")[0] for word in ("ok", "wait", "12")}
@@ -244,15 +244,14 @@ def test_forced_checks():
 
 
 def test_mean_only_takes_the_mean_away():
-    """And changes nothing else: not the reward, not what is sampled."""
+    """The variation changes the advantage alone: not the reward, not the sampling."""
     how = variations.mean_only(SMALL)
     advantages = how.pop("advantage")(SMALL, {"reward": torch.tensor([2.0, 0, 0, 0])}, None)
     assert advantages.tolist() == [1.5, -0.5, -0.5, -0.5] and not how
 
 
 def signal_in(share):
-    """A rule that is content with a share of the groups by halves, and with no completion of the
-    others."""
+    """A rule that rewards every second completion in a share of the groups, and none elsewhere."""
 
     def rule(problems, rollout, step):
         numbers = (sum(map(ord, problem.prompt)) for problem in problems)
@@ -268,7 +267,7 @@ def signal_in(share):
     ("share", "rounds"), [(1.0, 1), (0.4, None), (0.0, variations.MOST_ROUNDS)]
 )
 def test_dynamic_sampling_fills_a_rollout(share, rounds):
-    """With groups that have a signal, as long as it finds any; rows and rewards stay together."""
+    """All groups have a signal if enough of them are found, and rows keep their rewards."""
     config, model = replace(SMALL, prompts=8, max_level=5), small_model()
     problems, rollout, spent = variations.refilled(config, model, 3, signal_in(share))
     assert len(problems) == 8 and len(rollout.tokens) == 32
@@ -284,7 +283,7 @@ def test_dynamic_sampling_fills_a_rollout(share, rounds):
 
 
 def test_where_steps_are_paid_for():
-    """In any right format, or only where the answer is right; by whatever rules the run has."""
+    """Steps earn in the right format, or only with a right answer, on top of the run's rules."""
     bare, astray = CLEAN.removeprefix("<think>"), CLEAN.replace("12<", "13<")
     problems, texts = [ASKED], [CLEAN, astray, bare, GLIB]
     rollout = rollout_of(problems, texts)
@@ -299,7 +298,7 @@ def test_where_steps_are_paid_for():
 
 
 def test_a_variation_runs_logs_and_tells_how_to_go_on(tmp_path, capsys):
-    """By its own name alone, and with the code that it began with."""
+    """A variation resumes by its own name alone, and only with the code that it began with."""
     run, resume = tmp_path / "run", ["--resume", str(tmp_path / "run")]
     asked = ["dynamic_sampling", "--preset=tiny", *FEW, "--steps=2", "--out", str(run)]
     variations.main(asked)
@@ -329,7 +328,7 @@ def test_a_variation_runs_logs_and_tells_how_to_go_on(tmp_path, capsys):
 
 
 def test_rejection_sampling_keeps_what_earns_all():
-    """All points of both rules; whole rows, and nothing after their ends."""
+    """A kept row earns both rules, and nothing follows its end token."""
     problems, said = [ASKED, CHAINS.ask("7 + 5")], [CLEAN, GLIB, WRONG, UNTHOUGHT, " 12"] * 2
     rows, kept = rejection_sampling.split(problems, rollout_of(problems, said))
     earned = [(accuracy_reward(text, "12"), format_reward(text)) for text in said]
@@ -391,7 +390,7 @@ WRITE = "import sys, time, pathlib; pathlib.Path(sys.argv[1]).write_text(str(tim
 
 
 def test_jobs_are_done_after_what_they_need(tmp_path, capsys):
-    """And only once."""
+    """A job starts after the jobs that it needs, and is not done twice."""
     first = job(tmp_path, "first", "import time; time.sleep(0.2); " + WRITE)
     second, third = job(tmp_path, "second", WRITE, first), job(tmp_path, "third", WRITE, first)
 
@@ -408,7 +407,7 @@ def test_jobs_are_done_after_what_they_need(tmp_path, capsys):
 
 
 def test_a_job_that_fails_is_named(tmp_path):
-    """With the file that says why."""
+    """The study ends with the name of the job and of the file that says why."""
     bad = job(tmp_path, "bad", "import sys; sys.exit('no luck')")
     with pytest.raises(SystemExit, match=r"bad failed: .*bad\.txt says why"):
         study.do([bad, job(tmp_path, "after", WRITE, bad)], lanes=2)
@@ -419,7 +418,7 @@ def test_a_job_that_fails_is_named(tmp_path):
 
 
 def test_a_stopped_study_stops_its_jobs(tmp_path):
-    """A process saves when it is told to stop, as train.py does; the study says how to go on."""
+    """Stopping the study stops its processes, which save first; it says how to go on."""
     code = """
 import pathlib, signal, sys, time
 def stop(*_):
@@ -447,7 +446,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("preset", study.PLANS)
 def test_each_run_of_the_plan_can_be_made(preset, tmp_path):
-    """Its program is there and takes its flags, a table finds it, and it goes on when stopped."""
+    """Its program exists and takes its flags, its table takes it, and it resumes when stopped."""
     jobs = study.phenomena(tmp_path, preset, 1)
     jobs += study.levers(tmp_path / "more", preset, jobs[0])
     assert len({each.makes for each in jobs}) == len(jobs)
@@ -497,12 +496,12 @@ def results_of(name):
 @pytest.mark.docs
 @pytest.mark.parametrize("name", report.TABLES)
 def test_the_readmes_tables_of_the_study(name):
-    """They are the tables of the results."""
+    """The README has the tables of experiments/results."""
     assert report.TABLES[name](results_of(name)) in (ROOT / "README.md").read_text()
 
 
 def test_the_results_are_of_the_plan():
-    """Their flags are flags of today, which the plan and the recipes still have."""
+    """The flags in the results are the flags that the plan and the recipes have today."""
     for name, part, plan in (
         ("levers", "levers", study.LEVERS),
         ("hacked", "rewards", study.HACKED),
@@ -552,7 +551,7 @@ def test_a_pictures_lines_are_the_numbers_of_the_results():
 
 
 def test_a_generated_block_is_written_anew(tmp_path):
-    """Between its two comments, and nowhere else; a page that has lost them stays as it is."""
+    """Only the text between its comments changes; a page without the comments stays as it is."""
     page = tmp_path / "page.md"
     text = "one\n<!-- a: made by x -->\n{}<!-- end -->\ntwo\n<!-- b: made by x -->\n<!-- end -->\n"
     page.write_text(text.format("old\n"))
@@ -564,7 +563,7 @@ def test_a_generated_block_is_written_anew(tmp_path):
 
 
 def test_collect_refuses_a_run_of_other_settings(tmp_path):
-    """And what is no run at all; by the rewards that pay, it tells the columns apart."""
+    """It refuses a folder without a run too. The rules with a weight decide a run's column."""
     with pytest.raises(SystemExit, match="not the folder of a finished run"):
         collect.main(["cpu", str(tmp_path)])
     (tmp_path / "result.json").write_text('{"seed": 0}')
@@ -611,7 +610,7 @@ def test_a_summary_of_a_change_is_of_its_log(tmp_path):
 
 
 def test_the_least_k_from_which_the_base_is_ahead():
-    """Ahead to stay, and by more than the noise of so many problems."""
+    """The base stays ahead from this k on, by more than the noise of the problems."""
     base = {"1": 0.5, "2": 0.1, "4": 0.6, "16": 0.6}
     r1_zero = {"1": 0.2, "2": 0.2, "4": 0.3, "16": 0.5}
     models = {"base": {"pass@k": {"3": base}}, "r1_zero": {"pass@k": {"3": r1_zero}}}
@@ -622,7 +621,7 @@ def test_the_least_k_from_which_the_base_is_ahead():
 
 
 def test_a_share_is_clear_above_twice_its_error():
-    """The error is binomial, of as many draws, and adds up over sums and factors."""
+    """The error is binomial, and differences and factors propagate it."""
     share = report.share_of
     assert share(0.5, 98).variance == pytest.approx(0.25 / 98)
     assert share(1.0, 98).variance == pytest.approx(0.99 * 0.01 / 98), "0 or 1 is not certain"
@@ -650,7 +649,7 @@ def test_a_gain_on_hard_problems_needs_a_margin():
 
 
 def test_a_slope_is_tokens_for_an_operation_more():
-    """Over the trained levels, which are told from the levels beyond."""
+    """The fit takes the trained levels alone, not the levels beyond."""
     found = {str(level): {"all": 5 + 6 * level} for level in (2, 3, 5)} | {"6": {"all": 0}}
     levels = {"by_level": {"2": 0, "3": 0, "5": 0}}
     seed = {"base": levels, "measured": {"r1_zero": {"lengths": found}}}
@@ -658,7 +657,7 @@ def test_a_slope_is_tokens_for_an_operation_more():
 
 
 def test_a_spread_is_mean_and_range():
-    """In the format asked for."""
+    """A spread formats as percent, as a number, or as a range of whole numbers."""
     spread = report.Spread
     assert f"{spread([0.25, 0.5]):%}" == "37.5 % (25.0-50.0)"
     assert f"{spread([0.5, 0.5]):%}" == "50.0 %"
@@ -669,8 +668,8 @@ def test_a_spread_is_mean_and_range():
 
 
 def one_seed():
-    """What study.phenomena_of gives, by hand: a seed in which every row of the table is seen, at
-    two trained levels."""
+    """A seed as from study.phenomena_of that shows every row of the table, with two trained
+    levels."""
     checks = {"right": 40, "right, called wrong": 4}
     checks |= {"wrong": 8, "wrong, called wrong": 6, "wrong, mended": 3}
     common = {
@@ -816,8 +815,8 @@ def test_a_row_is_not_seen_in_a_seed_without_it(what, path, value):
 
 @pytest.fixture(scope="module")
 def small_study(tmp_path_factory):
-    """A study's folder in which each run is the same very small one, and each measurement is of
-    it. What is right beyond is set to a tenth of the level: such a model has nothing right."""
+    """A study's folder with copies of one very small run and of its measurements. Accuracy beyond
+    the trained levels is set to a tenth of the level: so small a model has nothing right."""
     folder = tmp_path_factory.mktemp("study")
     first, rewards = folder / "seed0" / "main", "--rewards=accuracy=1,format=1,language=0"
     asked = ["--task=chains-en-ko", "--steps=3", "--eval_every=1", "--group_size=8", rewards]
@@ -843,7 +842,7 @@ def small_study(tmp_path_factory):
 
 
 def test_the_study_collects_what_its_runs_left(small_study, tmp_path, monkeypatch, capsys):
-    """Then tabulates and draws it."""
+    """The study collects, tabulates and draws the results of its runs."""
     monkeypatch.setitem(study.PLANS, "cpu", replace(study.PLANS["cpu"], seeds=1))
     study.write_results(small_study, "cpu", tmp_path, quick=False)
     log = read_log(small_study / "seed0/main")
@@ -883,7 +882,7 @@ def test_the_study_collects_what_its_runs_left(small_study, tmp_path, monkeypatc
 
 
 def test_measure_gives_both_models_the_same_noise(small_study, tmp_path):
-    """Of two equal models all numbers are equal; level 1 is apart, as it is in an evaluation."""
+    """Equal models get equal numbers. Level 1 is left out, as no problem of it is held out."""
     run = tmp_path / "run"
     shutil.copytree(small_study / "seed0/main", run)
     shutil.copy(run / "base.pt", run / "r1_zero.pt")
@@ -895,7 +894,7 @@ def test_measure_gives_both_models_the_same_noise(small_study, tmp_path):
 
 
 def test_commands_refuse_in_one_line(small_study, capsys):
-    """What rejection sampling and measure.py cannot do, and folders that are no run's."""
+    """Arguments that rejection_sampling.py and measure.py cannot use, and folders without a run."""
     run = str(small_study / "seed0/main")
     for program, arguments, complaint in (
         (rejection_sampling.main, [run], "has no completion to keep"),

@@ -1,9 +1,9 @@
-"""Collect the runs behind the README's "Change it" and the notes' table of losses: their ends, and
-means of their logs.
+"""Collect the results and the mean logs of the runs behind recipes.md and the notes' table of
+losses.
 
-    python -m experiments.study.changes out/changes/*    # folders named as in RUNS, after the runs
+    python -m experiments.study.changes out/changes/*    # folders with the names in RUNS
 
-RUNS says what each was run with; the recipes are the README's diffs, applied to a copy.
+RUNS has the flags of each run. A run of a recipe was made in a copy of the code with its diff.
 """
 
 import json
@@ -31,6 +31,7 @@ RUNS = {
 
 
 def means(records: list[dict]) -> dict[str, float]:
+    """The mean of each field over the lines that have it."""
     fields = {field for record in records for field in record} - {"stage", "step"}
     return {
         field: sum(values) / len(values)
@@ -40,6 +41,7 @@ def means(records: list[dict]) -> dict[str, float]:
 
 
 def summary(folder: Path) -> dict:
+    """The flags, the results and the mean logs of a run."""
     records, result = read_log(folder), json.loads((folder / "result.json").read_text())
     return {
         "name": folder.name,

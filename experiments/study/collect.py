@@ -1,10 +1,10 @@
-"""Collect finished runs: their results as one JSON file, and the table that the README shows.
+"""Collect the results of finished runs in one JSON file, and write their table into the README.
 
     python -m experiments.study.collect cpu out/chains-cpu-*    # on the machine that made them
     python -m experiments.study.collect language out/language-*
 
-Each generated table stands between two comments, and this command alone writes it; a test compares
-the two.
+A generated table stands between two comments of the README, and only a command writes it. A test
+compares it with the JSON file.
 """
 
 import functools
@@ -24,14 +24,14 @@ from train import Config
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGE = ROOT / "README.md"
-Metrics = dict  # of one model, as kit.evaluate.evaluate gives them
+Metrics = dict  # one model's metrics, as kit.evaluate.evaluate returns them
 
 
 @dataclass(frozen=True)
 class Table:
-    """`columns` picks the metrics of a column from a run, or None where the run is of another
-    column; `rows` picks a number from metrics. A run belongs here if its settings are `settings`,
-    but for the settings named in `free`."""
+    """A table of the README. `columns` picks a column's metrics from a run, or None if the run is
+    not in the column. `rows` picks a row's number from the metrics. All runs have `settings`, but
+    may differ in the settings named in `free`."""
 
     command: str
     settings: Config
@@ -41,17 +41,17 @@ class Table:
 
 
 def at(*keys: str) -> Callable[[dict], float | Metrics]:
-    """What stands under these keys, one within the other."""
+    """A function that looks up nested keys: at("a", "b")(x) is x["a"]["b"]."""
     return lambda metrics: functools.reduce(dict.__getitem__, keys, metrics)
 
 
 def after(rewards: str) -> Callable[[dict], Metrics | None]:
-    """What GRPO ended with, in the runs that these rules paid."""
+    """A column: the metrics after GRPO, of the runs that were paid by these rules."""
     return lambda run: run["r1_zero"] if paid(run["settings"]["rewards"]) == paid(rewards) else None
 
 
 def paid(rewards: str) -> dict[str, float]:
-    """The rules that pay: a rule of weight 0 is only logged."""
+    """The rules with a weight. A rule of weight 0 is only logged."""
     return {name: weight for name, weight in rule_weights(rewards).items() if weight}
 
 
@@ -95,7 +95,7 @@ TABLES = {
 
 
 def processor_names() -> list[str]:
-    """A name for each core; none where the system does not list them."""
+    """A name for each core; an empty list if the system has no /proc/cpuinfo."""
     cpuinfo = Path("/proc/cpuinfo")
     return re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
 
@@ -106,8 +106,7 @@ def processor() -> str:
 
 
 def cell(values: list[float]) -> str:
-    """Their mean and, where there are several, their range: shares as per cent, counts as they
-    are."""
+    """The mean of the values and, if there are several, their range. Shares are in percent."""
     scale, unit = (100, " %") if max(values) <= 1 else (1, "")
     ends = (min(values), max(values), sum(values) / len(values))
     low, high, mean = (scale * value for value in ends)
@@ -116,7 +115,7 @@ def cell(values: list[float]) -> str:
 
 def markdown(name: str, results: dict) -> str:
     table, runs = TABLES[name], results["runs"]
-    columns = [  # by seed, as runs from one base model show its numbers twice
+    columns = [  # one run for each seed: two runs from the same base model repeat its numbers
         {run["seed"]: pick(run) for run in runs if pick(run)}.values()
         for pick in table.columns.values()
     ]
@@ -126,47 +125,50 @@ def markdown(name: str, results: dict) -> str:
     ]
     seeds = sorted({run["seed"] for run in runs})
     several = f"seeds {', '.join(map(str, seeds))}: mean (lowest-highest)"
-    said = several if len(seeds) > 1 else f"seed {seeds[0]}"
+    spread = several if len(seeds) > 1 else f"seed {seeds[0]}"
     minutes = max(run["seconds"]["total"] / 60 for run in runs)
-    how = f"`{table.command}`, {said}. {minutes:.1f} minutes at most on {made_on(results)}"
-    return grid(["held-out problems", *table.columns], rows, how)
+    below = f"`{table.command}`, {spread}. {minutes:.1f} minutes at most on {made_on(results)}"
+    return grid(["held-out problems", *table.columns], rows, below)
 
 
 def grid(head: list[str], rows: list[list[str]], below: str) -> str:
-    """A table in Markdown, and a line under it."""
+    """A table in Markdown, with a line below it."""
     lines = (f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
     return "\n".join([*lines, "", below])
 
 
 def made_on(results: dict) -> str:
-    """The end of the line under a table: hardware, torch and, for older results, the commit."""
+    """The end of the line below a table: hardware, torch and, for older results, the commit."""
     at_commit = f" Made at {results['made_at']}." if "made_at" in results else ""
     return f"{results['hardware']}, torch {results['torch']}.{at_commit}"
 
 
 def write_into_readme(comment: str, text: str, page: Path = PAGE) -> None:
-    """Put a text between this comment of a page and the next end."""
+    """Replace the text between this comment of a page and the next `<!-- end -->`. Ends the program
+    if the page has no such comments."""
     before, start, rest = page.read_text().partition(f"<!-- {comment} -->\n")
-    _, end, following = rest.partition("<!-- end -->")
+    _, end, after = rest.partition("<!-- end -->")
     if not (start and end):
-        sys.exit(f"{page} has lost the comments between which the table stands: {comment}")
-    page.write_text(before + start + text + "\n" + end + following)
+        sys.exit(f"{page} has lost the comments around the table: {comment}")
+    page.write_text(before + start + text + "\n" + end + after)
 
 
 def read_run(folder: Path, table: Table) -> dict:
+    """The result of a run, with its free settings. Ends the program if the run is not finished, or
+    not of this table."""
     if not (folder / "result.json").is_file():
         sys.exit(f"{folder} is not the folder of a finished run: it holds no result.json")
     settings = json.loads((folder / "config.json").read_text())
     free = {name: settings.get(name) for name in ("seed", "out", *table.free)}
     if settings != {"program": "train.py", **asdict(table.settings.filled()), **free}:
         sys.exit(f"{folder} was not made by `{table.command}`: its config.json differs")
-    told = {name: settings[name] for name in table.free if name != "init"}
-    return json.loads((folder / "result.json").read_text()) | {"settings": told}
+    kept = {name: settings[name] for name in table.free if name != "init"}
+    return json.loads((folder / "result.json").read_text()) | {"settings": kept}
 
 
 def main(arguments: list[str]) -> None:
     parser = command_line(__doc__)
-    parser.add_argument("table", choices=TABLES, help="which of the README's tables")
+    parser.add_argument("table", choices=TABLES, help="a table of the README")
     parser.add_argument("run", nargs="+", type=Path, help="folder of a finished run")
     args = parser.parse_args(arguments)
     runs = [read_run(folder, TABLES[args.table]) for folder in args.run]

@@ -1,11 +1,11 @@
-"""What a run's base model and its R1-Zero do differently: many completions of few held-out
-problems, taken apart.
+"""Measure how a run's base model and its R1-Zero differ, on many completions of few held-out
+problems.
 
     python -m experiments.study.measure out/chains-cpu-grpo-seed0   # two minutes; RUN/measured.json
 
-From one sample of each model: pass@k, majority votes, lengths, styles, and the checks that it makes
-of its own steps. Then the base model helped to a thought, and checks of steps that were written for
-it. It reads the thoughts of the chains, in any of their languages, and of no other task.
+Each model's completions give pass@k, majority votes, lengths, styles, and how well the model checks
+its own steps. Then a thought is opened for the model, and the model checks steps that were written
+for it. Styles and checks are known for the tasks of chains alone, in all their languages.
 """
 
 import itertools
@@ -33,11 +33,11 @@ from rewards import accuracy_reward, extract_answer
 from sample import decode_completions, generate, load_policy, tokenizer_of
 from train import Config
 
-OPENINGS = ("<think>", "<think>\n#1")  # what the base model is helped with
-OPENED = 16  # completions of each problem, so helped
+OPENINGS = ("<think>", "<think>\n#1")  # beginnings of a completion, put behind the prompt
+OPENED = 16  # completions of each problem and opening
 ROWS = 1024  # completions sampled at once
-PROBLEMS, SAMPLES = 40, 256  # of each level; of each problem
-PARTS = {  # of a gain
+PROBLEMS, SAMPLES = 40, 256  # problems of each level; completions of each problem
+PARTS = {  # the factors of accuracy, and what a gain by each is
     "share": "by a better style",
     "right": "right more often within it",
     "counted": "tags around right answers",
@@ -57,7 +57,8 @@ STEP = re.compile(
 
 
 def style_of(text: str) -> str:
-    """ "checked" if any step is looked at again, "steps" if there is one, else "glib"."""
+    """The style of a completion: "checked" if it checks a step, "steps" if it has a step, else
+    "glib"."""
     steps = STEP.findall(text)
     if any(right or wrong for *_, right, wrong, _ in steps):
         return "checked"
@@ -65,17 +66,17 @@ def style_of(text: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """The lenient reading of an answer: the last number, in a tag or not."""
+    """The answer, read leniently: the last number of the text, in a tag or not."""
     return next(iter(re.findall("[0-9]+", text)[-1:]), None)
 
 
 def checks(text: str) -> Counter:
-    """Of the steps that were looked at again: how many were right and wrong, as operations on the
-    numbers that they name, and how many of each were called wrong; of the wrong ones so called, how
-    many were mended."""
+    """Counts over the steps that a text checks: right and wrong steps, how many of each it calls
+    wrong, and how many wrong steps it mends. A step is right if its result follows from the two
+    numbers that it names."""
     counts = Counter()
     for total, word, operand, said, right, wrong, mended in STEP.findall(text):
-        if right or wrong:
+        if right or wrong:  # the word of the check
             truth = max(0, APPLY[OPERATORS[word]](int(total), int(operand)))
             kind = "right" if int(said) == truth else "wrong"
             counts += Counter({kind: 1, f"{kind}, called wrong": int(bool(wrong))})
@@ -89,8 +90,9 @@ def checks(text: str) -> Counter:
 def ask(
     config: Config, model: Transformer, problems: list[Problem], samples: int, opening: str = ""
 ) -> Answers:
-    """`samples` completions of each problem at temperature 1, after an opening that is then part of
-    their text. The same noise for every model, and other noise for every problem."""
+    """`samples` completions of each problem at temperature 1. They begin with `opening`, which is
+    put behind the prompt. The noise is the same for every model, and different for every
+    problem."""
     answers, part, tokenizer = [], max(1, ROWS // samples), tokenizer_of(model)
     begun = tokenizer.encode(opening, tags=True)
     seed = stream(config.seed, "measure", samples).getrandbits(63)
@@ -112,42 +114,46 @@ def ask(
 
 
 def mean(values: list) -> float | None:
-    """None where there are none: no number is made up."""
+    """The mean, or None for no values: 0 would be a made-up number."""
     return float(np.mean(values)) if len(values) else None
 
 
-Keys = list[list[str]]  # of each problem: the answers that its completions are held against
+Keys = list[list[str]]  # for each problem, the answers that count as right
 
 
 def own(problems: list[Problem]) -> Keys:
-    """What is right by these is right."""
+    """Keys for accuracy: each problem's own answer."""
     return [[problem.answer] for problem in problems]
 
 
 def of_others(problems: list[Problem]) -> Keys:
-    """The answers to all other problems of the level, but for those that are the problem's own:
-    what is right by these is right by chance. None where a level has one answer alone."""
+    """Keys for chance: the answers of the level's other problems, without the problem's own answer.
+    The list is empty if a level has only one answer."""
     return [
         [x.answer for x in problems if x.level == p.level and x.answer != p.answer]
         for p in problems
     ]
 
 
-def by_style(problems: list[Problem], answers: Answers, keys: Keys) -> dict[str, dict]:
-    """For each style its share of all completions; the share of these that are right by either
-    reading; and of the right ones the share that the accuracy rule counts, which wants the tags.
-    Right is what is a key, as a mean over the problem's keys; None where it has none."""
+def by_style(answers: Answers, keys: Keys) -> dict[str, dict]:
+    """Three shares for each style.
+
+    "share": its completions among all. "right": the right completions among these, by the answer
+    tag or read leniently. "counted": among the right completions, those that the accuracy rule
+    counts, which wants the tag. A completion is right as often as it gives a key of its problem, as
+    a mean over the keys. A problem without keys counts for "share" alone.
+    """
     found = []
-    for _, group, mine in zip(problems, answers, keys):
+    for group, own_keys in zip(answers, keys):
         for text, _ in group:
             given, last = extract_answer(text), last_number(text)
-            right = mean([key in (given, last) for key in mine])
-            found.append((style_of(text), right, mean([key == given for key in mine])))
+            right = mean([key in (given, last) for key in own_keys])
+            found.append((style_of(text), right, mean([key == given for key in own_keys])))
     table = {}
     for style in sorted({style for style, *_ in found}):
-        known = [(right, counted) for each, right, counted in found if each == style]
-        share = len(known) / len(found)
-        known = [(right, counted) for right, counted in known if right is not None]
+        of_style = [(right, counted) for each, right, counted in found if each == style]
+        share = len(of_style) / len(found)
+        known = [(right, counted) for right, counted in of_style if right is not None]
         right, counted = (sum(column) for column in zip(*known)) if known else (0, 0)
         table[style] = {
             "share": share,
@@ -158,19 +164,19 @@ def by_style(problems: list[Problem], answers: Answers, keys: Keys) -> dict[str,
 
 
 def gain_parts(before: dict[str, dict], after: dict[str, dict]) -> dict[str, float]:
-    """What the gain in accuracy owes to each of its three factors; the parts add up to the gain.
+    """The part of each factor in the gain in accuracy. The parts add up to the gain.
 
-    Accuracy is the sum over styles of share x right x counted. A factor's part is the mean, over
-    the orders in which the three could have changed one by one, of what its change then adds
-    (Shapley 1953). What one model never does is judged as the other does it.
+    Accuracy is the sum over styles of share x right x counted. A factor's part is its Shapley value
+    (Shapley 1953): change the three factors one by one, and take the mean over all orders of what
+    the factor's change adds. If a model never uses a style, the other model's values stand in.
     """
 
     def value(style: str, name: str, new: bool) -> float:
-        one, other = (after, before) if new else (before, after)
+        model, other = (after, before) if new else (before, after)
         if name == "share":
-            return one.get(style, {}).get(name, 0.0)
-        known = (each.get(style, {}).get(name) for each in (one, other))
-        return next((each for each in known if each is not None), 0.0)
+            return model.get(style, {}).get(name, 0.0)
+        known = (each.get(style, {}).get(name) for each in (model, other))
+        return next((x for x in known if x is not None), 0.0)
 
     def accuracy(changed: set[str]) -> float:
         styles = sorted({*before, *after})
@@ -186,8 +192,8 @@ def gain_parts(before: dict[str, dict], after: dict[str, dict]) -> dict[str, flo
 
 
 def lengths(problems: list[Problem], answers: Answers) -> dict[str, dict[str, float | None]]:
-    """Mean tokens of a completion by level: of all, of the right ones, of the wrong ones, of those
-    with steps."""
+    """Mean tokens of a completion by level: over all completions, over right and wrong completions,
+    and over completions in the style "steps"."""
     table = {}
     for level in sorted({problem.level for problem in problems}):
         rows = [
@@ -217,29 +223,29 @@ def votes(problems: list[Problem], answers: Answers, k: int) -> float:
 
 
 def pass_at(problems: list[Problem], answers: Answers, keys: Keys) -> dict[str, dict]:
-    """pass@k by level, for k = 1, 2, 4 ... up to the number of samples; unbiased. Right is what is
-    a key, as a mean over the problem's keys; None where no problem of the level has one."""
-    n, found = len(answers[0]), defaultdict(list)  # of each level: how often each key was given
-    for problem, group, mine in zip(problems, answers, keys):
+    """Unbiased pass@k by level, for k = 1, 2, 4 ... up to the number of samples. A problem's pass@k
+    is the mean over its keys. None if no problem of the level has a key."""
+    n, found = len(answers[0]), defaultdict(list)  # by level and problem, how often each key came
+    for problem, group, own_keys in zip(problems, answers, keys):
         given = Counter(extract_answer(text) for text, _ in group)
-        found[problem.level] += [[given[key] for key in mine]] if mine else []
+        found[problem.level] += [[given[key] for key in own_keys]] if own_keys else []
     return {
         str(level): {
-            str(k): mean([mean([pass_at_k(n, count, k) for count in each]) for each in counts])
+            str(k): mean([mean([pass_at_k(n, right, k) for right in counts]) for counts in asked])
             for k in (2**i for i in range(n.bit_length()))
         }
-        for level, counts in sorted(found.items())
+        for level, asked in sorted(found.items())
     }
 
 
 @torch.no_grad()
 def forced_checks(config: Config, model: Transformer, problems: list[Problem]) -> dict[str, float]:
-    """What a model makes of steps that were written for it, the first one checked. In English, from
-    problems of two operations or more.
+    """How a model checks the second of two steps that were written for it. The first step is right
+    and checked. Uses the English problems of two operations or more.
 
-    How probable it then finds it to check the second step too; to call it wrong, given that it
-    does, where the step is right and where it is wrong; and to name the right number, given that it
-    called a wrong step wrong.
+    Mean probabilities, for right and for wrong second steps: "checked", that the model checks the
+    step; "called wrong", that it calls the step wrong, given that it checks. "mended": that it
+    names the right number, given that it called a wrong step wrong.
     """
     tokenizer, spoken = tokenizer_of(model), LANGUAGES["en"]
     right_id, wrong_id = (tokenizer.encode(f" {word}")[0] for word in (spoken.right, spoken.wrong))
@@ -255,7 +261,7 @@ def forced_checks(config: Config, model: Transformer, problems: list[Problem]) -
         truth = APPLY[next_sign](total, int(next_operand))
         step = f"#1 {first} {spoken.operators[sign]} {operand} is {total} ok"
         begun = f"<think>\n{step}\n#2 {total} {spoken.operators[next_sign]} {next_operand} is"
-        for said in range(max(0, truth - 2), truth + 3):  # as far off as a slip of the corpus is
+        for said in range(max(0, truth - 2), truth + 3):  # a slip in the corpus is 1 or 2 off
             kind = "right" if said == truth else "wrong"
             text = tokenizer.encode(f"{begun} {said}", tags=True)
             tokens = tokenizer.encode(problem.prompt) + text
@@ -270,15 +276,15 @@ def forced_checks(config: Config, model: Transformer, problems: list[Problem]) -
 
 
 def describe(problems: list[Problem], answers: Answers, hardest: int) -> dict[str, dict]:
-    """What completions show. `problems` are of levels up to `hardest`, the hardest trained one, and
-    beyond: the latter for pass@k and lengths, and the level after it for its styles."""
+    """All measurements of completions. The levels up to `hardest` were trained on. Harder levels
+    count for pass@k and lengths alone, and the first of them also for styles."""
 
     def only(belongs: Callable[[int], bool]) -> tuple[list[Problem], Answers]:
         rows = [(p, group) for p, group in zip(problems, answers) if belongs(p.level)]
         return [p for p, _ in rows], [group for _, group in rows]
 
     asked, said = only(lambda level: level <= hardest)
-    longer, tried = only(lambda level: level == hardest + 1)
+    harder, tried = only(lambda level: level == hardest + 1)
     everything = [(p, text) for p, group in zip(asked, said) for text, _ in group]
     return {
         "pass@1": mean(grade(asked, said)),
@@ -286,9 +292,9 @@ def describe(problems: list[Problem], answers: Answers, hardest: int) -> dict[st
         "votes": {str(k): votes(asked, said, k) for k in (1, 16, 64) if k <= len(said[0])},
         "pass@k": pass_at(problems, answers, own(problems)),
         "pass@k by chance": pass_at(problems, answers, of_others(problems)),
-        "styles": by_style(asked, said, own(asked)),
-        "styles, one operation more": by_style(longer, tried, own(longer)),
-        "the same by chance": by_style(longer, tried, of_others(longer)),
+        "styles": by_style(said, own(asked)),
+        "styles, one operation more": by_style(tried, own(harder)),
+        "the same by chance": by_style(tried, of_others(harder)),
         "lengths": lengths(problems, answers),
         "checks": {
             **sum((checks(text) for _, text in everything), Counter()),
@@ -300,8 +306,8 @@ def describe(problems: list[Problem], answers: Answers, hardest: int) -> dict[st
 def examine(
     config: Config, model: Transformer, problems: list[Problem], samples: int
 ) -> dict[str, dict]:
-    """All of it for one model: what it says by itself, what it says after an opening, and what it
-    makes of steps that were written for it."""
+    """All measurements of one model: of its own completions, of completions after an opening, and
+    of its checks of steps that were written for it."""
     hardest = config.levels[-1]
     asked = [problem for problem in problems if problem.level <= hardest]
     return {
@@ -318,8 +324,8 @@ def examine(
 
 
 def finished_run(folder: Path) -> Config:
-    """The configuration of a run that has ended. Raises ValueError, in one line, where there is
-    none."""
+    """The configuration of a run that has ended. Raises ValueError, in one line, if the folder
+    holds no such run."""
     if not (folder / "result.json").is_file():
         reason = "is not the folder of a run that has ended: it holds no result.json"
         raise ValueError(f"{folder} {reason}")
@@ -332,14 +338,15 @@ def main(arguments: list[str]) -> None:
     add("run", type=Path, help="folder of a run that has ended")
     text = f"held-out problems of each level [{PROBLEMS}]"
     add("--problems", type=int, default=PROBLEMS, help=text)
-    add("--samples", type=int, default=SAMPLES, help=f"completions of each [{SAMPLES}]")
+    add("--samples", type=int, default=SAMPLES, help=f"completions of each problem [{SAMPLES}]")
     flags = parser.parse_args(arguments)
     try:
         if flags.problems < 1 or flags.samples < 16:
             raise ValueError("--problems must be at least 1 and --samples at least 16")
         config = finished_run(flags.run)
         if not isinstance(TASKS[config.task], Chains):
-            raise ValueError(f"{flags.run} is of {config.task}: only thoughts of chains are read")
+            reason = f"its task is {config.task}, and only tasks of chains can be measured"
+            raise ValueError(f"{flags.run}: {reason}")
         set_up(config)
         models = {
             name: load_policy(flags.run / f"{name}.pt", config.device)
@@ -360,13 +367,13 @@ def main(arguments: list[str]) -> None:
     result = {"problems": flags.problems, "samples": flags.samples, **measured, "gain": parts}
     whole = (flags.problems, flags.samples) == (PROBLEMS, SAMPLES)
     size = "" if whole else f"_{flags.problems}x{flags.samples}"
-    path = flags.run / f"measured{size}.json"  # a quick look does not stand in for the whole
+    path = flags.run / f"measured{size}.json"  # a smaller measurement gets another name
     write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     print(summary(result), f"-> {path}", sep="\n")
 
 
 def summary(result: dict) -> str:
-    """The first of it in words."""
+    """The main numbers, in words."""
     lines = []
     for name in ("base", "r1_zero"):
         found = result[name]

@@ -1,6 +1,6 @@
 """The README's pictures, from the JSON that study.py writes.
 
-    python -m experiments.study.pictures     # draws them anew from experiments/results
+    python -m experiments.study.pictures     # draws them again from experiments/results
 
 Needs matplotlib: pip install -r experiments/requirements.txt.
 """
@@ -18,12 +18,12 @@ from kit.flags import command_line
 
 BASE, GRPO, DR_GRPO, OTHER, HACK = "tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red"
 CHANCE = "tab:cyan"
-Logs = list[list[dict]]  # the lines of each seed
+Logs = list[list[dict]]  # for each seed, the lines of its log
 BY_CHANCE = "base by chance: against the answers of other problems"
 
 
 def draw_results(folder: Path) -> None:
-    """Each picture from the results that there are in a folder, beside them."""
+    """Draw the pictures of all results in a folder, and save them there."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,9 +49,8 @@ def shown_in(figure) -> str:
 
 
 def draw_spread(axis, logs: Logs, field: str, start: list[float] | None = None, **look) -> None:
-    """The mean over seeds of a field of their logs, and the range between the lowest and the
-    highest; from `start` at step 0, where that is known. Steps at which a seed has no such field
-    are left out."""
+    """Draw a field of the logs: its mean over the seeds, and its range as a band. `start` has the
+    values at step 0, if they are known. Leaves out steps where a seed lacks the field."""
     by_step = {0: start} if start else {}
     for log in logs:
         for record in log:
@@ -65,7 +64,7 @@ def draw_spread(axis, logs: Logs, field: str, start: list[float] | None = None, 
 
 
 def both_losses(seeds: list[dict]) -> list[tuple[str, Logs, str]]:
-    """The name, the logs and the colour of GRPO and of Dr. GRPO."""
+    """The names, logs and colours of GRPO and of Dr. GRPO."""
     return [
         ("GRPO", [seed["log"] for seed in seeds], GRPO),
         ("Dr. GRPO", [seed["dr_grpo"]["log"] for seed in seeds], DR_GRPO),
@@ -73,8 +72,8 @@ def both_losses(seeds: list[dict]) -> list[tuple[str, Logs, str]]:
 
 
 def draw_learning(axes, seeds: list[dict]) -> None:
-    """Reward, held-out accuracy and length against steps; GRPO, Dr. GRPO and what they are held
-    against."""
+    """Reward, held-out accuracy and length by step, of GRPO and Dr. GRPO, with the controls as
+    dashed lines."""
     base = [seed["base"]["pass@1"] for seed in seeds]
     reward, accuracy, length = axes
     for name, logs, color in both_losses(seeds):
@@ -96,7 +95,7 @@ def draw_learning(axes, seeds: list[dict]) -> None:
     end, above = max(record["step"] for record in grpo[0]), math.inf
     for name, mean in sorted(means.items(), key=lambda line: -line[1]):
         accuracy.axhline(mean, color=BASE, linestyle="--", linewidth=1)
-        side = "top" if above - mean < 0.06 else "bottom"  # not over the name of the line above
+        side = "top" if above - mean < 0.06 else "bottom"  # keeps names of close lines apart
         look = {"ha": "right", "va": side, "fontsize": 8, "color": "dimgray"}
         accuracy.annotate(name, (end, mean), **look)
         above = mean
@@ -108,7 +107,7 @@ def draw_learning(axes, seeds: list[dict]) -> None:
 
 
 def draw_signals(axes, seeds: list[dict]) -> None:
-    """What is left to learn from, and how far the policy has gone, by GRPO and by Dr. GRPO."""
+    """Entropy, silent groups and the KL to the base model by step, of GRPO and Dr. GRPO."""
     fields = {
         "entropy": "entropy, nats a token",
         "no_signal": "share of groups without signal",
@@ -124,7 +123,7 @@ def draw_signals(axes, seeds: list[dict]) -> None:
 
 
 def draw_pass_at_k(axes, seeds: list[dict]) -> None:
-    """pass@k of base and R1-Zero: at the hardest trained level, and at three beyond."""
+    """pass@k of base model and R1-Zero, at the hardest trained level and at three harder levels."""
     highest = report.highest(seeds[0])
     for axis, level in zip(axes, (highest, highest + 1, highest + 2, highest + 4)):
         for name, what, label, color in (
@@ -150,7 +149,8 @@ def draw_pass_at_k(axes, seeds: list[dict]) -> None:
 
 
 def draw_language(axes, seeds: list[dict]) -> None:
-    """What becomes of Korean questions, seed by seed, without and with the language reward."""
+    """Language and accuracy on Korean questions by step, without and with the language reward: a
+    line for each seed."""
     fields = {
         "language_ko": "share of the thought's words that are Korean",
         "accuracy_ko": "right answers",
@@ -170,7 +170,7 @@ def draw_language(axes, seeds: list[dict]) -> None:
 
 
 def draw_hacked(axes, rewards: list[dict]) -> None:
-    """What each reward gives, and how often the answer is right, held out."""
+    """Reward and held-out accuracy by step, for each reward of the experiment."""
     reward, accuracy = axes
     for rule, color in zip(rewards, (GRPO, HACK, OTHER)):
         logs = [seed["log"] for seed in rule["seeds"]]
@@ -178,12 +178,12 @@ def draw_hacked(axes, rewards: list[dict]) -> None:
         draw_spread(
             accuracy, logs, "held_out_accuracy", color=color, marker=".", label=rule["label"]
         )
-    reward.set(title="reward", xlabel="step of GRPO", ylim=(0, 8))  # with room for the names
+    reward.set(title="reward", xlabel="step of GRPO", ylim=(0, 8))  # room for the legend
     accuracy.set(title="right answers, held out", xlabel="step of GRPO", ylim=(0, 1.05))
     reward.legend(fontsize=8, loc="upper left")
 
 
-PICTURES = {  # by name: results, and the part of them, that it is drawn from; how; panels
+PICTURES = {  # for each picture: the file of results, its part, the function, number of panels
     "learning": ("phenomena", "seeds", draw_learning, 3),
     "signals": ("phenomena", "seeds", draw_signals, 3),
     "pass_at_k": ("phenomena", "seeds", draw_pass_at_k, 4),
@@ -194,7 +194,7 @@ PICTURES = {  # by name: results, and the part of them, that it is drawn from; h
 
 def main(arguments: list[str]) -> None:
     parser = command_line(__doc__)
-    text = "of the results, and of the pictures [experiments/results]"
+    text = "folder of results and pictures [experiments/results]"
     parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help=text)
     folder = parser.parse_args(arguments).folder
     check_picture(parser, "pictures", folder / "learning.png")

@@ -1,14 +1,13 @@
-"""Rejection-sampling fine-tuning, a control that GRPO has to beat: keep the completions that earn
-the point of every rule, and train on them as on documents (RFT: Yuan et al. 2023; online RFT:
-DeepSeekMath, section 5.2.1).
+"""Rejection-sampling fine-tuning (RFT), a control that GRPO has to beat.
 
     python -m experiments.study.rejection_sampling out/chains-cpu-grpo-seed0
     python -m experiments.study.rejection_sampling out/chains-cpu-grpo-seed0 --rounds 80
 
-It starts from the run's base model. With several rounds it is online: the newest model samples
-each. It samples the problems of the run's own GRPO steps, as many completions of them, and then
-trains on as many tokens as it has sampled (prompts included), however few it has kept. Writes
-RUN/rejection_sampling_ROUNDS.json.
+It starts from the run's base model and samples the rollouts of the run's GRPO steps: the same
+problems, as many completions. It keeps the completions that satisfy both rules, and fine-tunes on
+them (Yuan et al. 2023). With several rounds, the newest model samples each round: online RFT
+(DeepSeekMath, section 5.2.1). A round trains on as many tokens as it sampled, prompts included,
+however few completions it kept. Writes RUN/rejection_sampling_ROUNDS.json.
 """
 
 import json
@@ -30,14 +29,14 @@ from kit.run import set_up
 from model import Transformer, write_whole
 from sample import Rollout, load_policy, tokenizer_of
 
-LR = 3e-4  # of 1e-4, 3e-4, 1e-3 and 3e-3 the best (NOTES.md)
+LR = 3e-4  # the best of 1e-4, 3e-4, 1e-3 and 3e-3 (NOTES.md)
 
 
 def split(problems: list[Problem], rollout: Rollout) -> tuple[list[Row], list[Row]]:
-    """The rows of a rollout, prompt and completion; and the rows with which both of R1-Zero's rules
-    are content."""
-    cut = zip(rollout.starts.tolist(), rollout.ends.tolist(), rollout.tokens.tolist())
-    rows = [(start, tokens[:end]) for start, end, tokens in cut]
+    """All rows of a rollout, and the rows that earn the reward of accuracy and of format. A row is
+    a prompt and its completion, without padding."""
+    padded_rows = zip(rollout.starts.tolist(), rollout.ends.tolist(), rollout.tokens.tolist())
+    rows = [(start, tokens[:end]) for start, end, tokens in padded_rows]
     rules = train.rules({"accuracy": 1.0, "format": 1.0}, get_tokenizer(problems[0].task))
     points = rules(problems, rollout, 0)["reward"]
     return rows, [row for row, earned in zip(rows, points.tolist()) if earned == 2]
@@ -46,8 +45,8 @@ def split(problems: list[Problem], rollout: Rollout) -> tuple[list[Row], list[Ro
 def batches(
     config: train.Config, rows: list[Row], budget: int, number: int
 ) -> Iterator[tuple[float, list[Row]]]:
-    """Batches of rows in random order, again and again, until `budget` tokens are used; each with
-    the share that was used before it."""
+    """Batches of rows in random order, over and over, until `budget` tokens are used. Before each
+    batch stands the share of the budget that is used already."""
     rng, order, used = stream(config.seed, "rejection sampling", number), [], 0
     while used < budget:
         batch, size = [], 0
@@ -66,8 +65,8 @@ def rejection_sampling(
     lr: float,
     sample: Callable = train.sample,
 ) -> dict:
-    """Change the model in place. `sample` is as `train.grpo` takes it. Returns how many tokens were
-    sampled, and the share of the completions that was kept in each round."""
+    """Train the model in place. `sample` is the argument of `train.grpo`. Returns the number of
+    sampled tokens, and the share of completions that each round kept."""
     optimizer, pad_id = train.make_optimizer(model), tokenizer_of(model).pad_id
     tokens, shares = 0, []
     look = {"desc": "rejection sampling", "unit": "round", "dynamic_ncols": True, "disable": None}
@@ -96,7 +95,7 @@ def main(arguments: list[str]) -> None:
     parser = command_line(__doc__)
     add = parser.add_argument
     add("run", type=Path, help="folder of a run that has ended")
-    add("--rounds", type=int, default=1, help="of sampling and then training [1]")
+    add("--rounds", type=int, default=1, help="rounds of sampling and training [1]")
     add("--lr", type=float, default=LR, help=f"peak learning rate [{LR}]")
     flags = parser.parse_args(arguments)
     try:
@@ -115,7 +114,7 @@ def main(arguments: list[str]) -> None:
     path = flags.run / f"rejection_sampling_{flags.rounds}.json"
     result = {"rounds": flags.rounds, "lr": flags.lr, **found}
     write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
-    kept = f"{found['kept'][0]:.1%} at first, {found['kept'][-1]:.1%} at last"
+    kept = f"{found['kept'][0]:.1%} in the first round, {found['kept'][-1]:.1%} in the last"
     print(f"kept {kept}; pass@1 {found['model']['pass@1']:.3f} -> {path}")
 
 

@@ -1,10 +1,11 @@
 """The README's tables of phenomena, levers and the hacked reward, from the JSON of study.py.
 
-    python -m experiments.study.report     # writes them anew from experiments/results
+    python -m experiments.study.report     # writes them again from experiments/results
 
-A row of the phenomena says what the papers found, what is found here, what to hold against it, and
-in how many of the seeds it is there: the test beside each row computes that from the runs. Where a
-row compares shares, `Share.clear` says when a margin counts.
+A row of the phenomena has a claim of the papers, the numbers found here, and the numbers of
+controls to hold against them. It ends with the number of seeds that show the claim; the row's
+`seen` decides this from the runs. If a row compares shares, `Share.clear` says if the margin is
+enough.
 """
 
 import json
@@ -20,18 +21,18 @@ from experiments.watch.diagnose import ends
 from train import Config
 
 BASE, R1 = "base", "r1_zero"
-FEWER = 200  # held-out problems of an evaluation, where the study has many runs
-Seed = dict  # what one seed shows, as study.phenomena_of gives it
-Number = Callable[[Seed], float | None]  # None where there is nothing to count
+FEWER = 200  # held-out problems of an evaluation, for runs of which the study has many
+Seed = dict  # all results of one seed, from study.phenomena_of
+Number = Callable[[Seed], float | None]  # None if there is nothing to count
 
 
 def beyond(model: str, above: int, k: int, what: str = "pass@k") -> Number:
-    """pass@k so many levels above the trained ones."""
+    """pass@k at a level that is `above` the hardest trained level."""
     return lambda seed: seed["measured"][model][what][str(highest(seed) + above)][str(k)]
 
 
 def levels(seed: Seed) -> list[int]:
-    """The trained levels that are measured: not level 1, of which no problem is held out."""
+    """The trained levels that are measured. Level 1 is not, as no problem of it is held out."""
     return sorted(map(int, seed[BASE]["by_level"]))
 
 
@@ -53,8 +54,8 @@ def at_level(model: str, level: Number) -> Number:
 
 
 def slope(model: str, kind: str = "all") -> Number:
-    """Tokens that an operation more adds to a completion, or to a completion of a kind: least
-    squares over trained levels."""
+    """The tokens that one more operation adds to a completion of this kind: the slope of a least
+    squares fit over the trained levels."""
 
     def number(seed: Seed) -> float | None:
         lengths = seed["measured"][model]["lengths"]
@@ -68,17 +69,18 @@ def slope(model: str, kind: str = "all") -> Number:
 
 
 def last(name: str, *run: str) -> Number:
-    """Mean of a field over the last tenth of those lines of a log that have it."""
+    """The mean of a field over the last tenth of the log lines that have it."""
     return lambda seed: ends(at(*run, "log")(seed), name)[1]
 
 
 def first(name: str, *run: str) -> Number:
+    """The mean of a field over the first tenth of the log lines that have it."""
     return lambda seed: ends(at(*run, "log")(seed), name)[0]
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share that was measured, or a difference of several, and the variance of its error."""
+    """A measured share, or a difference of shares, and the variance of its error."""
 
     value: float
     variance: float = 0.0
@@ -91,42 +93,44 @@ class Share:
 
     @property
     def clear(self) -> bool:
-        """Whether it is above 0 by more than twice its standard error: a row that compares shares
-        is seen in a seed only then.
+        """Whether the share is above 0 by more than twice its standard error. A seed shows a row
+        that compares shares only if the difference is clear.
 
-        The variance is binomial, p (1 - p) / n. A hit and a miss are added to p, so that a share of
-        0 or of 1 has an error too. `n` counts completions where a share is of completions: the
-        problems of a level are about as hard, and so a variance that knew them apart is, by the
-        pass@1 and pass@2 of measured.json, at most a tenth larger for 16 completions of each. `n`
-        counts problems where a number is of all completions of a problem: pass@k, votes. Shares are
-        taken as independent, though models answer the same problems.
+        The variance is binomial, p (1 - p) / n. One hit and one miss are added to p, so shares of 0
+        and 1 have an error too. For a share of completions, `n` counts completions, as if they were
+        independent. Completions of one problem are not. But by the pass@1 and pass@2 of
+        measured.json, this adds at most a tenth to the variance with 16 completions a problem. For
+        pass@k and votes, which take all completions of a problem, `n` counts problems. Two shares
+        count as independent, although both models answer the same problems.
         """
         return self.value > 2 * math.sqrt(self.variance)
 
 
 def share_of(value: float, n: float) -> Share:
+    """A share measured on n completions or problems."""
     p = (value * n + 1) / (n + 2)
     return Share(value, p * (1 - p) / n)
 
 
 def evaluated(run: str) -> int:
-    """The completions in an evaluation of a run, as study.py plans it."""
+    """The number of completions in the evaluation of a run, as study.py plans it."""
     whole = run in ("main", "rejection sampling", "online rejection sampling")
     return (Config.eval_problems if whole else FEWER) * Config.eval_samples
 
 
 def completions(seed: Seed) -> int:
-    """Of trained levels, in measured.json."""
+    """The number of completions on trained levels in measured.json."""
     return problems(seed) * len(levels(seed)) * seed["measured"]["samples"]
 
 
 def problems(seed: Seed) -> int:
-    """Of each level, in measured.json."""
+    """The number of problems of each level in measured.json."""
     return seed["measured"]["problems"]
 
 
 def beats(one: Number, other: Number, n: Number) -> Callable[[Seed], bool]:
-    """Whether a share is clearly above another, both of as many; not where one is unknown."""
+    """Whether one share is clearly above another, both measured on `n`. False if a share is
+    unknown."""
 
     def seen(seed: Seed) -> bool:
         pair = one(seed), other(seed)
@@ -136,23 +140,23 @@ def beats(one: Number, other: Number, n: Number) -> Callable[[Seed], bool]:
 
 
 def crossing(above: int) -> Number:
-    """The least k from which on the base model is clearly ahead, so many levels above the trained
-    ones; infinity if it never is."""
+    """The least k from which on the base model stays clearly ahead, at a level that is `above` the
+    hardest trained level. Infinity if there is none."""
 
     def number(seed: Seed) -> float:
         ks = map(int, seed["measured"][BASE]["pass@k"][str(highest(seed) + above)])
-        first = math.inf
+        least = math.inf
         for k in sorted(ks, reverse=True):
             if not beats(beyond(BASE, above, k), beyond(R1, above, k), problems)(seed):
                 break
-            first = k
-        return first
+            least = k
+        return least
 
     return number
 
 
 def own_checks(what: str, among: str) -> Number:
-    """Among the base model's own checks of one kind, the share of another."""
+    """The base model's checks of the kind `what`, as a share of its checks of the kind `among`."""
 
     def number(seed: Seed) -> float | None:
         found = seed["measured"][BASE]["checks"]
@@ -162,17 +166,18 @@ def own_checks(what: str, among: str) -> Number:
 
 
 def in_style(name: str, model: str, what: str, style: str) -> Number:
-    """A number of the completions of a style, as measure.by_style gives them."""
+    """A share of the completions of a style, from measure.by_style."""
     return lambda seed: seed["measured"][model][what].get(style, {}).get(name)
 
 
 def share(model: str, style: str) -> Number:
-    """Share of a model's completions that are of this style."""
+    """The share of a model's completions that have this style."""
     return lambda seed: in_style("share", model, "styles", style)(seed) or 0.0
 
 
 def helped(seed: Seed) -> list[Share]:
-    """What the base model has right where it is helped: read leniently, or its thought opened."""
+    """The base model's shares of right answers with help: read leniently, or with an opened
+    thought."""
     base, opened = seed["measured"][BASE], problems(seed) * len(levels(seed)) * OPENED
     lenient = share_of(base["lenient"], completions(seed))
     return [lenient, *(share_of(value, opened) for value in base["opened"].values())]
@@ -188,14 +193,14 @@ def right_in_korean(run: str) -> Number:
 
 
 def in_korean(run: str, number: Number, seed: Seed) -> Share:
-    """A share of the completions of a run's Korean questions, which are one half of all."""
+    """A share of a run's completions of Korean questions, which are half of all questions."""
     return share_of(number(seed), evaluated(run) / 2)
 
 
 class Spread:
-    """The values of a number over the seeds. Formats as their mean and, where they differ, the
-    range from the lowest to the highest: `%` as per cent, `d` as whole numbers without the mean,
-    anything else as for a float."""
+    """The values of a number over the seeds. Its format is the mean and, if the values differ, the
+    range. The spec `%` gives percent, `d` gives the range alone as whole numbers, and other specs
+    are as for a float."""
 
     def __init__(self, values: list[float | None]):
         self.values = values
@@ -205,8 +210,8 @@ class Spread:
             return "-"
         scale, spec, unit = (100, ".1f", " %") if spec == "%" else (1, spec, "")
         if spec == "d":
-            ends = sorted({min(self.values), max(self.values)})
-            return "-".join("never" if value == math.inf else str(value) for value in ends)
+            bounds = sorted({min(self.values), max(self.values)})
+            return "-".join("never" if value == math.inf else str(value) for value in bounds)
         mean = sum(self.values) / len(self.values)
         low, high, mean = (
             format(scale * value, spec) for value in (min(self.values), max(self.values), mean)
@@ -216,8 +221,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """`here` and `against` are texts with a place, and its format, for each of `numbers`, in their
-    order; `seen` says whether a seed shows it."""
+    """A row of the table. `here` and `against` are templates: together they have a field for each
+    of `numbers`, in this order. `seen` says whether a seed shows the claim."""
 
     what: str
     papers: str
@@ -236,36 +241,36 @@ def millions(what: str) -> Number:
 
 
 def kl_of_a_completion(seed: Seed) -> float:
-    """KL(R1-Zero, base) in nats, of whole completions."""
+    """KL(R1-Zero, base) of a whole completion, in nats."""
     return last("base_kl")(seed) * seed[R1]["completion_tokens"]
 
 
 def least_kl(seed: Seed) -> float | None:
-    """The least KL to the base model, in nats, of a policy whose completions are all right by the
-    accuracy rule: -ln of the base model's share of such completions, of any style."""
+    """The least KL to the base model, in nats, of a policy that is always right by the accuracy
+    rule: -ln of the base model's share of right completions, in any style."""
     right = seed["measured"][BASE]["pass@1"]
     return -math.log(right) if right else None
 
 
 def least_kl_in_steps(seed: Seed) -> float | None:
-    """The same of a policy whose completions are all right, and all in steps."""
+    """The least KL to the base model of a policy that is always right, and always in steps."""
     factors = ("share", "right", "counted")
     right = math.prod(in_style(name, BASE, "styles", "steps")(seed) or 0 for name in factors)
     return -math.log(right) if right else None
 
 
 def goes_no_further(seed: Seed) -> bool:
-    """Whether the KL is at most `least_kl` and twice that bound's standard error, which is the
-    relative error of the share."""
+    """Whether the KL is at most `least_kl` plus twice the standard error of `least_kl`."""
     least = least_kl(seed)
     if least is None:
         return False
     right = share_of(seed["measured"][BASE]["pass@1"], completions(seed))
-    return kl_of_a_completion(seed) <= least + 2 * math.sqrt(right.variance) / right.value
+    error = math.sqrt(right.variance) / right.value  # the error of ln p is the error of p over p
+    return kl_of_a_completion(seed) <= least + 2 * error
 
 
 def gain_at(seed: Seed, level: Number) -> Share:
-    """How much more is right at a level after GRPO."""
+    """The gain in pass@1 at a level by GRPO."""
     n = evaluated("main") / len(levels(seed))
     before, after = (share_of(at_level(model, level)(seed), n) for model in (BASE, R1))
     return after - before
@@ -503,7 +508,7 @@ def phenomena_table(results: dict) -> str:
     return grid(head, rows, made_with(results))
 
 
-LEVER_COLUMNS = {  # head: what stands under it, and its format
+LEVER_COLUMNS = {  # for each head, the number below it and the number's format
     "held out, step 20": ("held out, step 20", "%"),
     "pass@1 at the end": ("pass@1", "%"),
     "one operation more": ("beyond", "%"),
@@ -546,15 +551,17 @@ def hacked_table(results: dict) -> str:
 
 
 def made_with(results: dict) -> str:
-    how = f"{results['spread']}: mean (lowest-highest)"
-    return f"`{results['command']}`, {how}. {made_on(results)}"
+    """The line below a table: command, seeds, hardware and torch."""
+    spread = f"{results['spread']}: mean (lowest-highest)"
+    return f"`{results['command']}`, {spread}. {made_on(results)}"
 
 
 TABLES = {"phenomena": phenomena_table, "levers": levers_table, "hacked": hacked_table}
 
 
 def main(folder: Path = RESULTS) -> None:
-    """Print the tables of the results that there are in a folder; the README's go into it too."""
+    """Print the tables of all results in a folder. The tables of experiments/results also go into
+    the README."""
     for name, table in TABLES.items():
         path = folder / f"{name}.json"
         if path.exists():

@@ -1,13 +1,13 @@
-"""Everything that the README claims of R1-Zero in miniature: runs, controls, measurements, tables,
-pictures.
+"""Make everything that the README claims of R1-Zero in miniature: runs, controls, measurements,
+tables, pictures.
 
     python -m experiments.study.study                # phenomena, levers, the hacked reward
     python -m experiments.study.study --quick        # the phenomena alone
-    python -m experiments.study.study --preset gpu   # on a GPU: that preset, five seeds at a time
+    python -m experiments.study.study --preset gpu   # on a GPU: its preset, five seeds at a time
 
-Needs matplotlib. What is done is skipped and what was stopped goes on, so it can be stopped at any
-time and called again; after a change of the code, give it another --out. The results of the cpu
-preset go to experiments/results and into the README, the results of the gpu preset to
+Needs matplotlib. Stop it at any time, and start it again by the same command: it skips finished
+jobs and resumes stopped runs. After a change of the code, use another --out. The results of the cpu
+preset go to experiments/results and into the README. The results of the gpu preset go to
 experiments/results/gpu.
 """
 
@@ -40,12 +40,12 @@ from train import Config
 
 @dataclass(frozen=True)
 class Plan:
-    """In what the studies of the presets differ."""
+    """The settings of a preset's study."""
 
     seeds: int
     languages: str  # flags of the runs in two languages
-    longer: int  # steps of pretraining that take the tokens of GRPO too
-    rounds: int  # of online rejection sampling
+    longer: int  # pretraining steps of the control that gets the tokens of GRPO too
+    rounds: int  # rounds of online rejection sampling
     lanes: int  # jobs at a time
 
 
@@ -59,16 +59,18 @@ PLANS = {
     ),
     "gpu": Plan(seeds=5, languages="", longer=13600, rounds=150, lanes=5),
 }
-FEWER = f"--eval_problems {report.FEWER}"  # where runs are many
+FEWER = f"--eval_problems {report.FEWER}"  # for runs of which there are many
 LEVER_SEEDS = 3
 BAR = "{desc} {n_fmt} of {total_fmt} jobs |{bar:20}| {elapsed}{postfix}"
 
 
 @dataclass(frozen=True)
 class Lever:
+    """A change of one setting, and its name in the table."""
+
     label: str
     flags: str = ""
-    variation: str = ""  # of variations.py, where no flag can say it
+    variation: str = ""  # a name in variations.py, for what no flag can change
 
 
 LEVERS = {
@@ -110,15 +112,14 @@ HACKED = {
 
 @dataclass(frozen=True)
 class Job:
-    """A command, after `python`; the file that is there when it is done; and the jobs that must be
-    done before."""
+    """A command to run."""
 
     folder: Path
     name: str
-    command: Callable[[], list[str]]  # asked for when it starts: what was stopped is resumed
-    makes: Path
-    needs: tuple["Job", ...]
-    minutes: float  # about, on the machine that the README's numbers are from
+    command: Callable[[], list[str]]  # the arguments of python, when the job starts or resumes
+    makes: Path  # the file that exists when the job is done
+    needs: tuple["Job", ...]  # the jobs that must be done before
+    minutes: float  # about, on the machine behind the README's numbers
 
 
 def run_job(
@@ -129,7 +130,7 @@ def run_job(
     needs: tuple = (),
     minutes: float = 1.3,
 ) -> Job:
-    """A run of train.py, or of a variation of it, in folder/name."""
+    """A job that runs train.py, or a variation of it, in folder/name."""
     run = folder / name
     program = ["-m", "experiments.study.variations", variation] if variation else ["train.py"]
 
@@ -142,12 +143,12 @@ def run_job(
 
 
 def phenomena(folder: Path, preset: str, seed: int) -> list[Job]:
-    """The runs and measurements of one seed. All share its base model, but for the runs in two
-    languages, which share another."""
+    """The runs and measurements of one seed. They share one base model, except that the runs in two
+    languages share another."""
     plan, plain = PLANS[preset], f"--preset {preset} --seed {seed}"
     main = run_job(folder, "main", plain, minutes=3.3)
-    base, two = f"--init {folder}/main/base.pt", f"{plain} {plan.languages} {FEWER}"
-    flags = f"{two} --rewards accuracy=1,format=1,language=0"  # it pays nothing, and is logged
+    base, bilingual = f"--init {folder}/main/base.pt", f"{plain} {plan.languages} {FEWER}"
+    flags = f"{bilingual} --rewards accuracy=1,format=1,language=0"  # weight 0: only logged
     language = run_job(folder, "language", flags, minutes=3.7)
     rewarded = f"--rewards accuracy=1,format=1,language=1 --init {folder}/language/base.pt"
 
@@ -162,7 +163,7 @@ def phenomena(folder: Path, preset: str, seed: int) -> list[Job]:
         main,
         language,
         run_job(folder, "longer", longer, minutes=3.0),
-        run_job(folder, "language_reward", f"{two} {rewarded}", needs=(language,)),
+        run_job(folder, "language_reward", f"{bilingual} {rewarded}", needs=(language,)),
         run_job(folder, "dr_grpo", f"{plain} {FEWER} {base} --variant dr_grpo", needs=(main,)),
         measurement("measured", "measure", 2.0),
         measurement(f"{rejection}_1", rejection, 1.5),
@@ -171,7 +172,7 @@ def phenomena(folder: Path, preset: str, seed: int) -> list[Job]:
 
 
 def levers(folder: Path, preset: str, base: Job) -> list[Job]:
-    """All seeds of each lever and each reward, from one base model."""
+    """The runs of each lever and each reward, with several seeds, from one base model."""
     common = f"--preset {preset} {FEWER} --init {base.makes.parent}/base.pt"
     return [
         run_job(
@@ -187,16 +188,17 @@ def levers(folder: Path, preset: str, base: Job) -> list[Job]:
 
 
 def do(jobs: list[Job], lanes: int) -> None:
-    """Do what is not done yet, `lanes` jobs at a time; what each prints is in a file of its name.
+    """Run the jobs that are not done yet, `lanes` at a time. The output of a job goes to a file of
+    its name.
 
-    A failed job ends it all, when the jobs beside it are done, with the name of that file. SIGINT
-    and SIGTERM stop them all, and each run of train.py then saves.
+    If a job fails, the program waits for the jobs that are running, and ends with the name of the
+    file. SIGINT and SIGTERM stop all jobs, and each run of train.py saves first.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     waiting = [job for job in jobs if not job.makes.exists()]
     count = {"total": len(jobs), "initial": len(jobs) - len(waiting)}
     bar = tqdm(**count, desc="study", dynamic_ncols=True, bar_format=BAR)
-    done, started = 0.0, time.perf_counter()  # done: minutes, as foreseen
+    done, started = 0.0, time.perf_counter()  # done: the estimated minutes of finished jobs
     running, processes, stopping = {}, set(), threading.Event()
     with ThreadPoolExecutor(lanes) as pool, bar:
         try:
@@ -207,7 +209,7 @@ def do(jobs: list[Job], lanes: int) -> None:
                         waiting.remove(job)
                         running[pool.submit(start, job, processes, stopping)] = job
                 took = (time.perf_counter() - started) / 60
-                pace = took / done if done else 1 / lanes  # minutes, for each foreseen
+                pace = took / done if done else 1 / lanes  # real minutes per estimated minute
                 left = pace * sum(job.minutes for job in (*waiting, *running.values()))
                 names = ", ".join(f"{job.folder.name}/{job.name}" for job in running.values())
                 bar.set_postfix_str(f"about {left:.0f} min left: {names}")
@@ -226,13 +228,14 @@ def do(jobs: list[Job], lanes: int) -> None:
 
 
 def start(job: Job, processes: set[subprocess.Popen], stopping: threading.Event) -> int:
+    """Run a job to its end, in a thread. Returns its exit status, or 1 if the study is stopping."""
     if stopping.is_set():
         return 1
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / f"{job.name}.txt").open("w") as printed:
-        how = {"cwd": ROOT, "stdout": printed, "stderr": subprocess.STDOUT}
-        how["start_new_session"] = True  # no Ctrl-C twice
-        process = subprocess.Popen([sys.executable, *job.command()], **how)
+        options = {"cwd": ROOT, "stdout": printed, "stderr": subprocess.STDOUT}
+        options["start_new_session"] = True  # Ctrl-C reaches the study alone, which stops the job
+        process = subprocess.Popen([sys.executable, *job.command()], **options)
         processes.add(process)
         code = process.wait()
         processes.discard(process)
@@ -244,11 +247,11 @@ def start(job: Job, processes: set[subprocess.Popen], stopping: threading.Event)
 KEPT = ("step", "reward", "accuracy", "completion_tokens", "right_tokens", "wrong_tokens")
 KEPT += ("entropy", "no_signal", "rounds")
 KEPT += ("held_out_accuracy", "base_kl", "language_ko", "accuracy_ko")
-DRAWN = ("step", "reward", "held_out_accuracy")  # of the hacked reward
+DRAWN = ("step", "reward", "held_out_accuracy")  # fields in the picture of the hacked reward
 
 
 def ended_run(folder: Path) -> dict:
-    """The two evaluations of a run, and its log."""
+    """The two evaluations of a run, and its log with the fields in KEPT."""
     result = json.loads((folder / "result.json").read_text())
     log = [
         {name: float(f"{record[name]:.4g}") for name in KEPT if name in record}
@@ -258,11 +261,11 @@ def ended_run(folder: Path) -> dict:
 
 
 def tokens_of(config: Config, log: list[dict]) -> int:
-    """What a run of GRPO sampled and read: its completions, and a prompt with each."""
+    """The tokens that a run of GRPO sampled and read: all completions, each with its prompt."""
     tokenizer, task = get_tokenizer(config.task), TASKS[config.task]
     P, prompts = config.prompts, 0
     for step in range(config.steps):
-        rng = stream(config.seed, "problems", step)  # as train.sample draws them
+        rng = stream(config.seed, "problems", step)  # draws the problems of train.sample again
         for problem in sample_problems(rng, task, config.levels, P, first=step * P):
             prompts += len(tokenizer.encode(problem.prompt))
     completions = P * sum(record["completion_tokens"] for record in log)
@@ -270,7 +273,7 @@ def tokens_of(config: Config, log: list[dict]) -> int:
 
 
 def phenomena_of(folder: Path, preset: str, seed: int) -> dict:
-    """All that one seed shows."""
+    """All results of one seed."""
     main = ended_run(folder / "main")
     once, online, measured = (
         json.loads((folder / "main" / f"{name}.json").read_text())
@@ -281,13 +284,13 @@ def phenomena_of(folder: Path, preset: str, seed: int) -> dict:
         )
     )
     config, longer = finished_run(folder / "main"), finished_run(folder / "longer")
-    more = longer.pretrain_steps - config.pretrain_steps
+    added_steps = longer.pretrain_steps - config.pretrain_steps
     return {
         "seed": seed,
         **main,
         "tokens": {
             "GRPO": tokens_of(config, main["log"]),
-            "longer": more * config.pretrain_tokens,
+            "longer": added_steps * config.pretrain_tokens,
             "rejection sampling": once["tokens"],
             "online rejection sampling": online["tokens"],
         },
@@ -300,11 +303,11 @@ def phenomena_of(folder: Path, preset: str, seed: int) -> dict:
 
 
 def lever_of(folder: Path) -> dict:
-    """What a lever did in one seed: in the middle, at the end, and what it cost."""
+    """The numbers of a lever's run: at step 20, at the end, and its cost in completions."""
     run, config = ended_run(folder), finished_run(folder)
     log, ended = run["log"], run["r1_zero"]
     looks = {each["step"]: each["held_out_accuracy"] for each in log if "held_out_accuracy" in each}
-    refilled = "rounds" in log[0]  # then its groups without signal are not in the log
+    refilled = "rounds" in log[0]  # dynamic sampling: the log counts no replaced silent group
     rollouts = sum(record.get("rounds", 1) for record in log)
     return {
         "held out, step 20": looks.get(20),
@@ -318,7 +321,7 @@ def lever_of(folder: Path) -> dict:
 
 
 def hacked_of(folder: Path) -> dict:
-    """What a reward made of one seed, and what diagnose.py says to its log."""
+    """The numbers of a run with one of the rewards, and the complaints of diagnose.py."""
     run = ended_run(folder)
     found = diagnose.diagnose(diagnose.read_run(folder))
     return {
@@ -332,7 +335,7 @@ def hacked_of(folder: Path) -> dict:
 
 
 def several(folder: Path, named: dict[str, Lever], read: Callable[[Path], dict]) -> list[dict]:
-    """What each lever did, seed by seed."""
+    """The numbers of each lever, for each seed."""
     seeds = [folder / f"seed{seed}" for seed in range(LEVER_SEEDS)]
     return [
         {"name": name, **vars(lever), "seeds": [read(seed / name) for seed in seeds]}
@@ -341,7 +344,7 @@ def several(folder: Path, named: dict[str, Lever], read: Callable[[Path], dict])
 
 
 def write_results(folder: Path, preset: str, results: Path, quick: bool) -> None:
-    """The results of all that was done, as JSON."""
+    """Write the results of the finished jobs as JSON files."""
     seeds, device = PLANS[preset].seeds, finished_run(folder / "seed0/main").device
     found = {
         "phenomena": {
@@ -370,7 +373,7 @@ def write_results(folder: Path, preset: str, results: Path, quick: bool) -> None
 def main(arguments: list[str]) -> None:
     parser = command_line(__doc__)
     add = parser.add_argument
-    add("--preset", choices=PLANS, default="cpu", help="of the runs [cpu]")
+    add("--preset", choices=PLANS, default="cpu", help="preset of the runs [cpu]")
     add("--quick", action="store_true", help="the phenomena alone")
     add("--lanes", type=int, help="jobs at a time [cpu: one for each core, 8 at most; gpu: 5]")
     add("--out", type=Path, default=Path("out/study"), help="folder of the runs [out/study]")

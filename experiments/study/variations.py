@@ -1,15 +1,14 @@
-"""Runs of train.py's job in which one thing is other than any flag can say: the advantage, the
-reward, the prompts kept.
+"""Runs of train.py with a change that no flag can make: to the advantage, the reward or the choice
+of prompts.
 
     BASE=out/chains-cpu-grpo-seed0/base.pt
     python -m experiments.study.variations mean_only --init $BASE --out out/mean_only
     python -m experiments.study.variations dynamic_sampling --init $BASE --out out/dynamic
     python -m experiments.study.variations paid_by_step --init $BASE --out out/paid_by_step
 
-The flags after the name are train.py's. A run goes on (`--resume`) by the same name only, and with
-the same code: it keeps this file too. To write a variation: a function that gives what
-`train.r1_zero` takes beside a configuration and a run, and its name in VARIATIONS. All that a
-reward returns is logged.
+The flags after the name are the flags of train.py. To go on with a run (`--resume`), give the same
+name, and leave this file as it was. To add a variation, write a function that returns arguments of
+`train.r1_zero`, and name it in VARIATIONS. The log has everything that a reward returns.
 """
 
 import sys
@@ -32,7 +31,7 @@ from rewards import rule_weights
 from sample import Rollout, decode_completions
 
 PAID_PER_STEP = 0.5
-MOST_ROUNDS = 8  # rollouts that may be sampled to fill one
+MOST_ROUNDS = 8  # the most rollouts that are sampled to fill one
 
 
 def own_reward(config: train.Config) -> train.Reward:
@@ -56,11 +55,11 @@ def mean_only(config: train.Config) -> dict:
 
 
 def dynamic_sampling(config: train.Config) -> dict:
-    """DAPO's (Yu et al. 2025, section 3.2): groups without signal are replaced by groups that have
-    one. The log says how many rollouts that took, "rounds"."""
+    """DAPO's dynamic sampling (Yu et al. 2025, section 3.2): groups without signal are replaced by
+    groups with a signal. The log has the number of rollouts that this took, as "rounds"."""
     if config.cuda_graphs:
         raise ValueError("dynamic_sampling samples without --cuda_graphs: leave it out")
-    scored, rounds = own_reward(config), {}  # of each step
+    scored, rounds = own_reward(config), {}  # step -> number of rollouts
 
     def sample(config: train.Config, policy: Transformer, step: int) -> tuple:
         problems, rollout, rounds[step] = refilled(config, policy, step, scored)
@@ -76,8 +75,9 @@ def dynamic_sampling(config: train.Config) -> dict:
 def refilled(
     config: train.Config, policy: Transformer, step: int, reward: train.Reward
 ) -> tuple[list[Problem], Rollout, int]:
-    """As many groups as ever, those with a signal first. Prompts are sampled until these are
-    enough, or until MOST_ROUNDS rollouts have been. Returns how many rollouts it took, too."""
+    """A rollout of the usual size, with as many groups with a signal as possible. Samples until it
+    can be filled with them, at most MOST_ROUNDS times. Returns the problems, the rollout, and how
+    often it sampled."""
     problems, rollouts, signals = [], [], torch.zeros(0, dtype=torch.bool)
     while len(rollouts) < MOST_ROUNDS and signals.sum() < config.prompts:
         asked, rollout = train.sample(config, policy, step * MOST_ROUNDS + len(rollouts))
@@ -85,43 +85,45 @@ def refilled(
         signals = torch.cat([signals, (groups != groups[:, :1]).any(dim=1)])
         problems += asked
         rollouts.append(rollout)
-    kept = (~signals).int().argsort(stable=True)[: config.prompts]
+    kept = (~signals).int().argsort(stable=True)[: config.prompts]  # groups with a signal first
     rows = (kept[:, None] * config.group_size + torch.arange(config.group_size)).flatten()
-    whole = joined(rollouts, rows, get_tokenizer(config.task).eos_id)
-    return [problems[i] for i in kept.tolist()], whole, len(rollouts)
+    chosen = joined(rollouts, rows, get_tokenizer(config.task).eos_id)
+    return [problems[i] for i in kept.tolist()], chosen, len(rollouts)
 
 
 def joined(rollouts: list[Rollout], rows: Tensor, eos_id: int) -> Rollout:
-    """These rows of several rollouts, counted through all of them, as one rollout."""
+    """One rollout made of these rows of several rollouts. Row numbers count on from one rollout to
+    the next."""
     width = max(rollout.tokens.shape[1] for rollout in rollouts)
-    fill, parts = {"tokens": eos_id}, {}
+    padding, joint = {"tokens": eos_id}, {}
     for name in (field.name for field in fields(Rollout)):
-        whole = [getattr(rollout, name) for rollout in rollouts]
-        if whole[0].dim() == 2:
-            value = fill.get(name, 0)
-            whole = [F.pad(x, (0, width - x.shape[1]), value=value) for x in whole]
-        parts[name] = torch.cat(whole)[rows.to(whole[0].device)]
-    return Rollout(**parts)
+        parts = [getattr(rollout, name) for rollout in rollouts]
+        if parts[0].dim() == 2:
+            value = padding.get(name, 0)
+            parts = [F.pad(x, (0, width - x.shape[1]), value=value) for x in parts]
+        joint[name] = torch.cat(parts)[rows.to(parts[0].device)]
+    return Rollout(**joint)
 
 
 # -------------------------------------------------------------------------------------- the reward
 
 
 def paid_by_step(config: train.Config) -> dict:
-    """A reward with a hole: each step of a thought in the right format earns something, so that the
-    model may think longer."""
+    """A reward that can be hacked: in a completion of the right format, each step of the thought
+    earns something, right or wrong."""
     return {"reward": paid_for_steps(config, "format")}
 
 
 def paid_by_right_step(config: train.Config) -> dict:
-    """The hole closed: steps earn only where they lead to the right answer."""
+    """The same reward, mended: steps earn only in a completion with the right answer."""
     return {"reward": paid_for_steps(config, "accuracy")}
 
 
-def paid_for_steps(config: train.Config, where: str) -> train.Reward:
-    """The run's own reward and, where this rule is content, so much for each step."""
+def paid_for_steps(config: train.Config, name: str) -> train.Reward:
+    """The run's own reward and, if the completion satisfies the rule `name`, PAID_PER_STEP for
+    each step."""
     tokenizer = get_tokenizer(config.task)
-    own, rule = own_reward(config), train.rules({where: 1.0}, tokenizer)
+    own, rule = own_reward(config), train.rules({name: 1.0}, tokenizer)
 
     def reward(problems: list[Problem], rollout: Rollout, step: int) -> Rewards:
         texts = decode_completions(rollout, tokenizer)
