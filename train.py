@@ -2,6 +2,7 @@
 rule-based rewards alone.
 
     python train.py                          # the whole job: base model, GRPO, evaluation of both
+    python train.py --task chains            # another task: 7 + 8 - 3
     python train.py --preset tiny            # the same on shorter chains, in about a minute
     python train.py --init out/RUN/base.pt   # GRPO from a base model that is there already
     python train.py --resume out/RUN         # go on with a run that was stopped
@@ -62,7 +63,7 @@ class Config:
     """Every knob of a run. The comments are what `--help` prints."""
 
     preset: str = "cpu"  # sizes, values for the rest
-    task: str = "chains"  # row of data.TASKS, what is asked
+    task: str = "signs"  # row of data.TASKS, what is asked
     variant: str = "grpo"  # row of grpo.VARIANTS, the objective
     seed: int = 0  # of the weights, the documents, the problems and the sampling
     out: str = ""  # its folder, a new one; default out/<task>-<preset>-<variant>-seed<seed>
@@ -83,12 +84,12 @@ class Config:
     d_ff: int = 192  # width of the feed-forward layers
     max_seq_len: int = 0  # tokens of prompt and completion together; 0: the task's own
     # pretraining
-    pretrain_steps: int = 5000  # optimizer steps
+    pretrain_steps: int = 8000  # optimizer steps
     pretrain_tokens: int = 512  # tokens of documents in a step, about
     pretrain_lr: float = 4e-3  # peak learning rate
     # GRPO
     steps: int = 80  # rollouts
-    prompts: int = 64  # P: prompts in a rollout
+    prompts: int = 32  # P: prompts in a rollout
     group_size: int = 8  # G: completions of each prompt
     max_new_tokens: int = 0  # where a completion is cut, mostly to earn 0; 0: the task's own
     temperature: float = 1.0  # of sampling, and so of the policy that is trained
@@ -105,8 +106,8 @@ class Config:
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     # evaluation
     eval_every: int = 10  # steps between two looks at held-out problems
-    eval_problems: int = 500  # held-out problems of the evaluation before and after
-    eval_samples: int = 16  # completions of each
+    eval_problems: int = 150  # held-out problems of the evaluation before and after
+    eval_samples: int = 8  # completions of each
 
     # fmt: off
     CHOICES: ClassVar = {
@@ -195,8 +196,8 @@ PRESETS = {
         "steps": 150, "prompts": 128, "group_size": 16, "lr": 3e-4, "micro_batch": 512,
     },
     "tiny": {
-        "max_level": 3, "n_layer": 2, "d_ff": 128, "pretrain_steps": 3000, "pretrain_tokens": 320,
-        "steps": 60, "prompts": 32, "eval_problems": 100, "eval_samples": 8,
+        "task": "chains", "max_level": 3, "n_layer": 2, "d_ff": 128, "eval_problems": 100,
+        "pretrain_steps": 3000, "pretrain_tokens": 320, "steps": 60,
     },
 }
 # fmt: on

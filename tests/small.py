@@ -14,7 +14,14 @@ CHAINS = Chains()
 tokenizer = get_tokenizer("chains")
 SHAPE = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 24, "max_seq_len": 96}
 SMALL = Config(
-    **{"preset": "tiny", "min_level": 2, "prompts": 4, "group_size": 4, "max_new_tokens": 12},
+    **{
+        "task": "chains",
+        "preset": "tiny",
+        "min_level": 2,
+        "prompts": 4,
+        "group_size": 4,
+        "max_new_tokens": 12,
+    },
     **{"steps": 2, "eval_problems": 8},
     **SHAPE,
 )

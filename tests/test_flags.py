@@ -38,7 +38,8 @@ def test_flags_go_over_the_preset_and_the_preset_over_the_defaults():
     settings = {"preset": "tiny", "seed": 3, "lr": 0.5, "out": "out/chains-tiny-grpo-seed3"}
     of_task = {"min_level": 1, "max_seq_len": 96, "max_new_tokens": 64}
     assert config == Config(**of_task | train.PRESETS["tiny"] | settings)
-    assert parsed([]) == Config(out="out/chains-cpu-grpo-seed0", max_level=5, **of_task)
+    of_task = {"min_level": 1, "max_level": 4, "max_seq_len": 320, "max_new_tokens": 256}
+    assert parsed([]) == Config(out="out/signs-cpu-grpo-seed0", **of_task)
     assert parsed(["--task=chains-99"]).levels == range(1, 9)
 
 
@@ -63,7 +64,7 @@ def test_a_stage_adds_its_own_knobs(capsys):
         RANGES: ClassVar = Config.RANGES | {"lam": (0, 1)}
 
     config = flags.parse(Mine, train.PRESETS, ["--lam", "0.5", "--seed", "2"], "", "mine")
-    assert (config.lam, config.seed, config.out) == (0.5, 2, "out/chains-cpu-grpo-seed2")
+    assert (config.lam, config.seed, config.out) == (0.5, 2, "out/signs-cpu-grpo-seed2")
     with pytest.raises(SystemExit):
         flags.parse(Mine, train.PRESETS, ["--lam", "1.5"], "", "mine")
     assert "mine: error: --lam must be from 0 to 1, not 1.5" in capsys.readouterr().err
@@ -127,7 +128,7 @@ ONE_UPDATE = "makes one update a rollout: add --minibatches 1 --inner_epochs 1"
         ("--eval_problems 1000000000", "--eval_problems must be from 1 to 1e+06"),
         (
             "--group_size 1000000",
-            "64,000,000 completions take 4719 GB, which cpu has not: lower --prompts",
+            "32,000,000 completions take 2359 GB, which cpu has not: lower --prompts",
         ),
         (
             "--eval_samples 1000000",
@@ -171,7 +172,7 @@ ONE_UPDATE = "makes one update a rollout: add --minibatches 1 --inner_epochs 1"
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_written(arguments, complaint, capsys, tmp_path):
-    arguments = [*arguments.split(), "--out", str(tmp_path / "run")]
+    arguments = ["--task=chains", *arguments.split(), "--out", str(tmp_path / "run")]
     assert complaint in refused(train.main, arguments, capsys)
     assert list(tmp_path.iterdir()) == []
 
@@ -197,10 +198,10 @@ def test_models_of_another_shape_or_vocabulary_are_refused(capsys, tmp_path):
         ("missing", "missing.pt"),
     ):
         path = str(tmp_path / f"{name}.pt")
-        arguments = ["--init", path, "--out", str(tmp_path / "run")]
+        arguments = ["--task=chains", "--init", path, "--out", str(tmp_path / "run")]
         assert complaint in refused(train.main, arguments, capsys)
         assert complaint in refused(sample.main, ["7 + 8 - 3", "--checkpoint", path], capsys)
-    arguments = ["--init", str(tmp_path / "short.pt"), "--out", str(tmp_path / "run")]
+    arguments = ["--task=chains", f"--init={tmp_path / 'short.pt'}", f"--out={tmp_path / 'run'}"]
     advice = "add --n_layer 1 --n_head 2 --n_kv_head 1 --d_model 16 --d_ff 24 --max_seq_len 30"
     assert advice in refused(train.main, arguments, capsys)
     assert not (tmp_path / "run").exists()

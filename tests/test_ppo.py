@@ -668,7 +668,7 @@ def test_ppo_has_its_own_knobs_and_refuses_grpos(capsys):
     assert own == {"lam", "value_lam", "whiten", "value_lr", "value_clip", "value_warmup"}
     assert all(f"--{name}" in shown for name in own)
     parsed = train.flags.parse(Config, train.PRESETS, [], "", "ppo")
-    assert parsed.out == "out/chains-cpu-ppo-seed0"
+    assert parsed.out == "out/signs-cpu-ppo-seed0"
     for arguments, complaint in (
         (["--beta=0.1", "--kl=k2"], "--kl and --reference_every are GRPO's"),
         (["--beta=0.1", "--reference_every=4"], "--kl and --reference_every are GRPO's"),

@@ -1,6 +1,6 @@
 """Collect the results of finished runs in one JSON file, and write their table into the README.
 
-    python -m experiments.study.collect cpu out/chains-cpu-*    # on the machine that made them
+    python -m experiments.study.collect cpu out/signs-cpu-*    # on the machine that made them
     python -m experiments.study.collect language out/language-*
 
 A generated table stands between two comments of the README, and only a command writes it. A test
@@ -57,8 +57,23 @@ def paid(rewards: str) -> dict[str, float]:
 
 TABLES = {
     "cpu": Table(
-        "python train.py --preset cpu --seed SEED",
+        "python train.py --seed SEED",
         Config(),
+        (),
+        {"base model": at("base"), "R1-Zero": at("r1_zero")},
+        {
+            "right, 3 numbers": at("by_level", "2"),
+            "right, 4 numbers": at("by_level", "3"),
+            "right, 5 numbers": at("by_level", "4"),
+            "right, 2 numbers (told apart)": at("apart", "1"),
+            "in the format of the tags": at("format"),
+            "tokens of a completion": at("completion_tokens"),
+            "tries of a completion": at("thinking", "tries"),
+        },
+    ),
+    "chains": Table(
+        "python train.py --task chains --seed SEED",
+        Config(task="chains"),
         (),
         {"base model": at("base"), "R1-Zero": at("r1_zero")},
         {
@@ -71,11 +86,9 @@ TABLES = {
         },
     ),
     "language": Table(
-        "python train.py --preset cpu --task chains-en-ko --min_level 2 --max_level 4 "
-        "--pretrain_steps 8000 --eval_problems 200 --seed SEED --init BASE",
-        Config(
-            task="chains-en-ko", min_level=2, max_level=4, pretrain_steps=8000, eval_problems=200
-        ),
+        "python train.py --task chains-en-ko --min_level 2 --max_level 4 --eval_problems 200 "
+        "--seed SEED --init BASE",
+        Config(task="chains-en-ko", min_level=2, max_level=4, eval_problems=200),
         ("rewards", "init"),
         {
             "base model": at("base"),

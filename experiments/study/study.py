@@ -42,6 +42,7 @@ from train import Config
 class Plan:
     """The settings of a preset's study."""
 
+    flags: str  # of all runs
     seeds: int
     languages: str  # flags of the runs in two languages
     longer: int  # pretraining steps of the control that gets the tokens of GRPO too
@@ -51,13 +52,14 @@ class Plan:
 
 PLANS = {
     "cpu": Plan(
+        flags="--preset cpu --task chains",
         seeds=3,
-        languages="--task chains-en-ko --min_level 2 --max_level 4 --pretrain_steps 8000",
-        longer=8000,
+        languages="--task chains-en-ko --min_level 2 --max_level 4",
+        longer=11000,
         rounds=80,
         lanes=min(8, os.cpu_count() or 1),
     ),
-    "gpu": Plan(seeds=5, languages="", longer=13600, rounds=150, lanes=5),
+    "gpu": Plan("--preset gpu", seeds=5, languages="", longer=13600, rounds=150, lanes=5),
 }
 FEWER = f"--eval_problems {report.FEWER}"  # for runs of which there are many
 LEVER_SEEDS = 3
@@ -145,7 +147,8 @@ def run_job(
 def phenomena(folder: Path, preset: str, seed: int) -> list[Job]:
     """The runs and measurements of one seed. They share one base model, except that the runs in two
     languages share another."""
-    plan, plain = PLANS[preset], f"--preset {preset} --seed {seed}"
+    plan = PLANS[preset]
+    plain = f"{plan.flags} --seed {seed}"
     main = run_job(folder, "main", plain, minutes=3.3)
     base, bilingual = f"--init {folder}/main/base.pt", f"{plain} {plan.languages} {FEWER}"
     flags = f"{bilingual} --rewards accuracy=1,format=1,language=0"  # weight 0: only logged
@@ -173,7 +176,7 @@ def phenomena(folder: Path, preset: str, seed: int) -> list[Job]:
 
 def levers(folder: Path, preset: str, base: Job) -> list[Job]:
     """The runs of each lever and each reward, with several seeds, from one base model."""
-    common = f"--preset {preset} {FEWER} --init {base.makes.parent}/base.pt"
+    common = f"{PLANS[preset].flags} {FEWER} --init {base.makes.parent}/base.pt"
     return [
         run_job(
             folder / f"seed{seed}",
@@ -393,7 +396,7 @@ def main(arguments: list[str]) -> None:
     report.main(results)
     pictures.draw_results(results)
     if preset == "cpu":
-        collect.main(["cpu", *(str(seed / "main") for seed in seeds)])
+        collect.main(["chains", *(str(seed / "main") for seed in seeds)])
         names = ("language", "language_reward")
         collect.main(["language", *(str(seed / name) for seed in seeds for name in names)])
 
