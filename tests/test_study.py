@@ -555,10 +555,10 @@ def test_a_generated_block_is_written_anew(tmp_path):
     page = tmp_path / "page.md"
     text = "one\n<!-- a: made by x -->\n{}<!-- end -->\ntwo\n<!-- b: made by x -->\n<!-- end -->\n"
     page.write_text(text.format("old\n"))
-    collect.write_into_readme("a: made by x", "| new |", page)
+    collect.write_into_page("a: made by x", "| new |", [page])
     assert page.read_text() == text.format("| new |\n")
     with pytest.raises(SystemExit, match="has lost the comments"):
-        collect.write_into_readme("c: made by x", "| new |", page)
+        collect.write_into_page("c: made by x", "| new |", [page])
     assert page.read_text() == text.format("| new |\n")
 
 

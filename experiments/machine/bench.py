@@ -490,7 +490,7 @@ def main(arguments: list[str]) -> None:
     print(table(results))
     if flags.job == "table":
         comment = "bench: made by experiments/machine/bench.py table"
-        collect.write_into_readme(comment, table(results))
+        collect.write_into_page(comment, table(results))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Collect the results of finished runs in one JSON file, and write their table into the README.
+"""Collect the results of finished runs in one JSON file, and write their table into a page.
 
     python -m experiments.study.collect cpu out/signs-cpu-*    # on the machine that made them
     python -m experiments.study.collect language out/language-*
 
-A generated table stands between two comments of the README, and only a command writes it. A test
+A generated table stands between two comments of a page, and only a command writes it. A test
 compares it with the JSON file.
 """
 
@@ -23,13 +23,13 @@ from train import Config
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "experiments" / "results"
-PAGE = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *(ROOT / "experiments").rglob("README.md")]
 Metrics = dict  # one model's metrics, as kit.evaluate.evaluate returns them
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the README. `columns` picks a column's metrics from a run, or None if the run is
+    """A table of a page. `columns` picks a column's metrics from a run, or None if the run is
     not in the column. `rows` picks a row's number from the metrics. All runs have `settings`, but
     may differ in the settings named in `free`."""
 
@@ -156,9 +156,11 @@ def made_on(results: dict) -> str:
     return f"{results['hardware']}, torch {results['torch']}.{at_commit}"
 
 
-def write_into_readme(comment: str, text: str, page: Path = PAGE) -> None:
-    """Replace the text between this comment of a page and the next `<!-- end -->`. Ends the program
-    if the page has no such comments."""
+def write_into_page(comment: str, text: str, pages: list[Path] = PAGES) -> None:
+    """Replace the text between this comment and the next `<!-- end -->`, on the one page that has
+    it. Ends the program if none has."""
+    found = [page for page in pages if f"<!-- {comment} -->\n" in page.read_text()]
+    page = (found or pages)[0]
     before, start, rest = page.read_text().partition(f"<!-- {comment} -->\n")
     _, end, after = rest.partition("<!-- end -->")
     if not (start and end):
@@ -181,7 +183,7 @@ def read_run(folder: Path, table: Table) -> dict:
 
 def main(arguments: list[str]) -> None:
     parser = command_line(__doc__)
-    parser.add_argument("table", choices=TABLES, help="a table of the README")
+    parser.add_argument("table", choices=TABLES, help="a table")
     parser.add_argument("run", nargs="+", type=Path, help="folder of a finished run")
     args = parser.parse_args(arguments)
     runs = [read_run(folder, TABLES[args.table]) for folder in args.run]
@@ -193,7 +195,7 @@ def main(arguments: list[str]) -> None:
     }
     text = markdown(args.table, results)
     (RESULTS / f"{args.table}.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_into_readme(f"{args.table}: made by experiments/study/collect.py", text)
+    write_into_page(f"{args.table}: made by experiments/study/collect.py", text)
     print(text)
 
 

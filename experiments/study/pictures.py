@@ -11,6 +11,7 @@ import math
 import sys
 from pathlib import Path
 
+from data.signs import Signs
 from experiments.study import report
 from experiments.study.collect import RESULTS, at
 from experiments.watch.plot import check_picture
@@ -183,7 +184,24 @@ def draw_hacked(axes, rewards: list[dict]) -> None:
     reward.legend(fontsize=8, loc="upper left")
 
 
+def draw_search(axes, seeds: list[dict]) -> None:
+    """Accuracy, tries and length by step, a line for each seed; the corpus's limit of tries."""
+    panels = {
+        "held_out_accuracy": "right answers, held out",
+        "tries": "tries of a completion",
+        "completion_tokens": "tokens of a completion",
+    }
+    for axis, (field, title) in zip(axes, panels.items()):
+        for seed, color in zip(seeds, (GRPO, DR_GRPO, OTHER)):
+            points = [(each["step"], each[field]) for each in seed["log"] if field in each]
+            axis.plot(*zip(*points), color=color, linewidth=1.2, label=f"seed {seed['seed']}")
+        axis.set(title=title, xlabel="step of GRPO", ylim=(0, None))
+    axes[1].axhline(Signs.most_tries, color=BASE, linestyle="--", label="most in any document")
+    axes[1].legend(fontsize=8, loc="lower right")
+
+
 PICTURES = {  # for each picture: the file of results, its part, the function, number of panels
+    "search": ("search", "seeds", draw_search, 3),
     "learning": ("phenomena", "seeds", draw_learning, 3),
     "signals": ("phenomena", "seeds", draw_signals, 3),
     "pass_at_k": ("phenomena", "seeds", draw_pass_at_k, 4),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.study.collect import RESULTS, at, grid, made_on, write_into_readme
+from experiments.study.collect import RESULTS, at, grid, made_on, write_into_page
 from experiments.study.measure import OPENED
 from experiments.watch.diagnose import ends
 from train import Config
@@ -568,7 +568,7 @@ def main(folder: Path = RESULTS) -> None:
             text = table(json.loads(path.read_text()))
             print(f"\n{text}")
             if folder == RESULTS:
-                write_into_readme(f"{name}: made by experiments/study/report.py", text)
+                write_into_page(f"{name}: made by experiments/study/report.py", text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How a model of signs searches: what it tries, whether its verdicts are true, when it stops; and
 its base model, as it is and where it may not give up.
 
-    python -m experiments.study.search RUN        # RUN/search.json
-    python -m experiments.study.search RUN --problems 32 --samples 4
+    python -m experiments.study.search RUN                # RUN/search.json
+    python -m experiments.study.search RUN RUN RUN --publish   # the table and the picture of a page
 
 A base model "may not give up" where a line break is forced after <think> and after each "no", up to
 the same limit of tokens. What GRPO adds to mere going on is the margin over it.
@@ -10,7 +10,9 @@ the same limit of tokens. What GRPO adds to mere going on is the margin over it.
 
 import json
 import random
+import sys
 from collections import Counter, defaultdict
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,9 @@ from torch import Tensor
 from data import TASKS
 from data.problem import Problem, stream
 from data.signs import MAX_TOTAL, Signs, candidates, line, parts_of, tries_of
+from experiments.study.collect import RESULTS, cell, grid, made_on, processor, write_into_page
 from experiments.study.measure import finished_run
+from experiments.watch.plot import read_log
 from kit.evaluate import Answers, answer_problems, grade, held_out_problems
 from kit.flags import command_line
 from kit.run import set_up
@@ -31,6 +35,19 @@ from sample import load_policy, tokenizer_of
 PROBLEMS, SAMPLES = 128, 4  # held-out problems of each level, completions of each
 FAILURES = (0, 1, 2, 3, 5, 7, 9)  # misses before a planted try
 PLANTED = 3  # level of planted tries: four numbers
+KEPT = ("step", "accuracy", "completion_tokens", "held_out_accuracy", "tries")  # of the log
+ROWS = {
+    "pass@1": "right",
+    "tries": "tries",
+    "most tries": "most tries of a completion",
+    "tokens": "tokens",
+    "format": "in the format",
+    "totals right": "tries worked out right",
+    "verdicts true": "verdicts true",
+    "lift": "lift: hits, over those of uniform tries",
+    "repeats": "tries that repeat one",
+    "uniform repeats": "the same, of uniform tries",
+}
 
 
 class MayNotGiveUp:
@@ -162,34 +179,92 @@ def examine(model: Transformer, levels: list[int], problems: int, samples: int, 
     return found
 
 
-def main(arguments: list[str]) -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run that has ended")
-    for name, count in (("--problems", PROBLEMS), ("--samples", SAMPLES)):
-        parser.add_argument(name, type=int, default=count, help=f"[{count}]")
-    flags = parser.parse_args(arguments)
-    try:
-        config = finished_run(flags.run)
-        if not isinstance(TASKS[config.task], Signs):
-            raise ValueError(f"{flags.run} is of {config.task}: only thoughts of signs are read")
-        set_up(config)
-        base, r1_zero = (load_policy(flags.run / f"{x}.pt") for x in ("base", "r1_zero"))
-    except ValueError as error:
-        parser.error(str(error))
+def examine_run(folder: Path, problems: int, samples: int) -> dict:
+    """What is known of the models of a run, as its search.json holds it. Raises ValueError, in one
+    line, for the folder of another run."""
+    config = finished_run(folder)
+    if not isinstance(TASKS[config.task], Signs):
+        raise ValueError(f"{folder} is of {config.task}: only thoughts of signs are read")
+    set_up(config)
+    base, r1_zero = (load_policy(folder / f"{x}.pt") for x in ("base", "r1_zero"))
     models = {"base": base, "base that may not give up": MayNotGiveUp(base), "R1-Zero": r1_zero}
     how = {"limit": config.max_new_tokens, "seed": config.seed}
     levels = [level for level in config.levels if level > 1]
     result = {
-        name: examine(model, levels, flags.problems, flags.samples, **how)
-        for name, model in models.items()
+        name: examine(model, levels, problems, samples, **how) for name, model in models.items()
     }
     result["planted"] = {
         name: {failures: verdicts(model, PLANTED, failures, config.seed) for failures in FAILURES}
         for name, model in (("base", base), ("R1-Zero", r1_zero))
     }
-    path = flags.run / "search.json"
-    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
-    print(summary(result), f"-> {path}", sep="\n")
+    return result
+
+
+def published(runs: list[Path]) -> dict:
+    """The searches of finished runs, by seed, each with the curves of its log."""
+    seeds = []
+    for folder in runs:
+        log = [{name: x for name, x in each.items() if name in KEPT} for each in read_log(folder)]
+        result = json.loads((folder / "result.json").read_text())
+        search = json.loads((folder / "search.json").read_text())
+        seeds.append({"seed": result["seed"], "log": log, "search": search})
+    return {
+        "command": "python train.py --seed SEED",
+        "hardware": processor(),
+        "torch": version("torch"),
+        "seeds": sorted(seeds, key=lambda each: each["seed"]),
+    }
+
+
+def table(results: dict) -> str:
+    """A row for each measure and each count of numbers, a column for each model."""
+    seeds = [each["search"] for each in results["seeds"]]
+    models = [name for name in seeds[0] if name != "planted"]
+    rows = []
+    for name, shown in ROWS.items():
+        for level in seeds[0][models[0]]:
+            values = ([seed[model][level][name] for seed in seeds] for model in models)
+            rows.append([f"{shown}, {int(level) + 1} numbers", *map(cell, values)])
+    for failures in ("0", "9"):
+        for kind in ("hit", "miss", "miss by one"):
+            planted = (
+                [x["planted"].get(m, {}).get(failures, {}).get(kind) for x in seeds] for m in models
+            )
+            cells = [cell(values) if None not in values else "-" for values in planted]
+            rows.append([f'P("yes") after {failures} misses and a planted {kind}', *cells])
+    told = ", ".join(str(each["seed"]) for each in results["seeds"])
+    how = (
+        f"`{results['command']}`, seeds {told}: mean (lowest-highest); {PROBLEMS} held-out problems"
+    )
+    how += f" of each row, {SAMPLES} completions of each. {made_on(results)}"
+    return grid(["", *models], rows, how)
+
+
+def main(arguments: list[str]) -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("run", nargs="+", type=Path, help="folder of a run that has ended")
+    for name, count in (("--problems", PROBLEMS), ("--samples", SAMPLES)):
+        parser.add_argument(name, type=int, default=count, help=f"[{count}]")
+    text = (
+        "write experiments/results/search.json and its page; runs that have a search.json keep it"
+    )
+    parser.add_argument("--publish", action="store_true", help=text)
+    flags = parser.parse_args(arguments)
+    for folder in flags.run:
+        path = folder / "search.json"
+        if flags.publish and path.is_file():
+            continue
+        try:
+            result = examine_run(folder, flags.problems, flags.samples)
+        except ValueError as error:
+            parser.error(str(error))
+        write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+        print(summary(result), f"-> {path}", sep="\n")
+    if flags.publish:
+        results = published(flags.run)
+        (RESULTS / "search.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_into_page("search: made by experiments/study/search.py", table(results))
+        print(table(results))
 
 
 def summary(result: dict) -> str:
@@ -209,6 +284,4 @@ def summary(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    import sys
-
     main(sys.argv[1:])
