@@ -6,10 +6,18 @@ import train
 from data import get_tokenizer
 from data.batches import padded
 from data.chains import Chains
+from kit.run import ROOT
 from model import ModelConfig, Transformer
 from sample import Rollout
 from train import Config
 
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "tests" / "README.md",
+    *sorted((ROOT / "experiments").rglob("*.md")),
+    *sorted((ROOT / "rlhf").rglob("*.md")),
+]
+PROSE = "\n".join(page.read_text() for page in PAGES)
 CHAINS = Chains()
 tokenizer = get_tokenizer("chains")
 SHAPE = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_model": 16, "d_ff": 24, "max_seq_len": 96}

@@ -12,9 +12,9 @@ import pytest
 from experiments.lessons import bias, by_hand
 from experiments.watch import compare, diagnose, plot
 from grpo import ADVANTAGES, KL_ESTIMATORS, VARIANTS, Variant
+from tests.small import PROSE
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 PNG = b"\x89PNG"
 
 
@@ -46,8 +46,8 @@ def test_the_sums_by_hand_are_what_the_code_computes():
 
 @pytest.mark.docs
 def test_the_readme_shows_the_worked_example():
-    """The README holds what `by_hand` prints, to the letter."""
-    assert f"```text\n{said(by_hand.main)}```" in README
+    """A page holds what `by_hand` prints, to the letter."""
+    assert f"```text\n{said(by_hand.main)}```" in PROSE
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def bias_tables(tmp_path_factory):
 
 @pytest.mark.docs
 def test_the_readme_shows_the_tables_of_the_bias(bias_tables):
-    """Each row of the tables that `bias` prints stands in the README."""
+    """Each row of the tables that `bias` prints stands on a page."""
     names = ("leave_one_out", "none", "std", "k1", "k2", "k3", "k3_ratio")
     for name in (*names, "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce", "rloo"):
         (line,) = re.findall(rf"^ *{name} .*\d$", bias_tables[0], re.MULTILINE)
-        assert line in README, line
+        assert line in PROSE, line
 
 
 def test_the_bias_has_a_row_for_each_loss_and_a_picture(bias_tables):

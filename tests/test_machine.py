@@ -2,14 +2,12 @@
 
 import json
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 
 from experiments.machine import bench, kill
-
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from tests.small import PROSE
 
 
 def test_the_benchmark_takes_sampler_and_step_apart(tmp_path, monkeypatch, capsys):
@@ -73,8 +71,8 @@ def test_the_samplers_limit_is_its_bytes_and_products(monkeypatch):
 
 @pytest.mark.docs
 def test_the_readmes_table_of_speed_is_of_the_results():
-    """The README's table is made from experiments/results/bench.json."""
-    assert bench.table(json.loads(bench.RESULTS.read_text())) in README
+    """A page's table is made from experiments/results/bench.json."""
+    assert bench.table(json.loads(bench.RESULTS.read_text())) in PROSE
 
 
 @pytest.mark.parametrize("kills", ["0", "-1"])

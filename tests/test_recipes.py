@@ -14,7 +14,7 @@ import torch
 
 from grpo import VARIANTS
 from model import load_model, save_model
-from tests.small import SHAPE_FLAGS, small_model
+from tests.small import PROSE, SHAPE_FLAGS, small_model
 
 pytestmark = pytest.mark.docs
 
@@ -158,7 +158,7 @@ def test_the_page_says_what_the_recorded_runs_gave():
 
 
 def test_the_readme_says_how_far_the_variants_came():
-    """The README's range over the variants is of the recorded runs."""
+    """The page's range over the variants is of the recorded runs."""
     ends = [100 * right for name, right in recorded("pass@1").items() if name in VARIANTS]
     said = f"({min(ends):.1f} to {max(ends):.1f} % of held-out problems"
-    assert said in " ".join((ROOT / "README.md").read_text().split())
+    assert said in " ".join(PROSE.split())

@@ -35,7 +35,7 @@ from experiments.watch.plot import read_log
 from grpo import token_logps
 from kit import flags
 from rewards import accuracy_reward, format_reward
-from tests.small import CHAINS, SHAPE_FLAGS, SMALL, rollout_of, small_model, tokenizer
+from tests.small import CHAINS, PROSE, SHAPE_FLAGS, SMALL, rollout_of, small_model, tokenizer
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -496,8 +496,8 @@ def results_of(name):
 @pytest.mark.docs
 @pytest.mark.parametrize("name", report.TABLES)
 def test_the_readmes_tables_of_the_study(name):
-    """The README has the tables of experiments/results."""
-    assert report.TABLES[name](results_of(name)) in (ROOT / "README.md").read_text()
+    """The pages have the tables of experiments/results."""
+    assert report.TABLES[name](results_of(name)) in PROSE
 
 
 def test_the_results_are_of_the_plan():
@@ -527,7 +527,7 @@ def test_the_readmes_pictures_are_drawn_from_the_results(tmp_path):
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {f"{name}.png" for name in pictures.PICTURES}
     for name in drawn:
-        assert f"experiments/results/{name}" in (ROOT / "README.md").read_text()
+        assert name in PROSE
         shown, expected = (Image.open(folder / name).text for folder in (RESULTS, tmp_path))
         assert shown["Description"] == expected["Description"], f"{name}: draw it anew"
 
