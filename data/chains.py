@@ -26,7 +26,7 @@ from data.problem import Document, Problem, thought_of
 from data.tokenizer import MAX_NUMBER, MAX_STEP
 
 MAX_OPERAND = 9
-HELD_OUT = 10  # one expression in this many is held out
+HELD_OUT = 10  # one chain in this many is held out, with its reorderings
 APPLY = {
     "+": lambda total, operand: total + operand,
     "-": lambda total, operand: total - operand,
@@ -252,18 +252,25 @@ def totals(expression: str) -> list[int]:
 
 
 def is_held_out(expression: str) -> bool:
-    """Whether `expression` belongs to the held-out split. A hash of the expression decides, so the
-    two splits are disjoint by construction, in every language."""
-    return zlib.crc32(expression.encode()) % HELD_OUT == 0
+    """Whether `expression` belongs to the held-out split. A hash of its signed numbers decides, so
+    a chain and its reorderings are in one split, in every language."""
+    parts = ["+", *expression.split(" ")]
+    signed = sorted(zip(parts[::2], parts[1::2]))
+    return zlib.crc32(repr(signed).encode()) % HELD_OUT == 0
 
 
 def is_for_training(expression: str) -> bool:
-    """Whether neither `expression` nor an opening of it of two or more operations is held out. To
-    work through a long chain is to work through its openings too. So a chain that merely opens
-    with a held-out chain is in neither split."""
-    parts = expression.split(" ")
-    ends = range(min(5, len(parts)), len(parts) + 1, 2)
-    return not any(is_held_out(" ".join(parts[:end])) for end in ends)
+    """Whether no chain that the steps of `expression` work out is held out: neither the whole, nor
+    two or more operations in a row from a running total that a problem could begin with. A chain
+    that merely contains a held-out chain is in neither split."""
+    parts, found = expression.split(" "), totals(expression)
+    worked_out = (
+        " ".join((str(found[i]), *parts[2 * i + 1 : end]))
+        for i in range(len(found))
+        if 1 <= found[i] <= MAX_OPERAND
+        for end in range(2 * i + 5, len(parts) + 1, 2)
+    )
+    return not (is_held_out(expression) or any(map(is_held_out, worked_out)))
 
 
 def work(

@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+DRAWS = 100  # for a held-out problem that was not asked yet
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -57,8 +59,16 @@ def sample_problems(
     first: int = 0,
 ) -> list[Problem]:
     """`count` problems of the training split, or of the held-out split. Levels and languages take
-    turns, beginning with turn `first`: over several calls, each comes as often."""
+    turns, beginning with turn `first`: over several calls, each comes as often. A held-out problem
+    comes a second time only where DRAWS draws found no other: its level has hardly any."""
     kinds = [(level, language) for level in levels for language in task.languages]
-    chosen = (kinds[turn % len(kinds)] for turn in range(first, first + count))
-    how = {"held_out": held_out}
-    return [task.problem(rng, level, language=language, **how) for level, language in chosen]
+    problems, asked = [], set()
+    for turn in range(first, first + count):
+        level, language = kinds[turn % len(kinds)]
+        for _ in range(DRAWS if held_out else 1):
+            problem = task.problem(rng, level, language=language, held_out=held_out)
+            if problem.prompt not in asked:
+                break
+        asked.add(problem.prompt)
+        problems.append(problem)
+    return problems

@@ -1,5 +1,6 @@
 """Problems, documents and tokens: the web in miniature is what it says it is."""
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -178,18 +179,55 @@ def test_level_1_is_trained_on_but_for_its_held_out_problems():
 
 def test_one_expression_in_ten_is_held_out():
     rng = random.Random(0)
-    expressions = [" + ".join(str(rng.randint(1, 9)) for _ in range(6)) for _ in range(5000)]
+    expressions = [" + ".join(str(rng.randint(1, 9)) for _ in range(9)) for _ in range(5000)]
     assert sum(map(is_held_out, expressions)) == pytest.approx(5000 / HELD_OUT, rel=0.2)
 
 
+def worked_out(expression):
+    """Every chain of two or more operations that the steps of this one work out."""
+    parts = expression.split(" ")
+    for start in range(1, len(parts), 2):
+        total = value_of(" ".join(parts[:start]))
+        if 1 <= total <= 9:  # where a problem begins
+            for end in range(start + 4, len(parts) + 1, 2):
+                yield " ".join([str(total), *parts[start:end]])
+
+
+def signed_numbers(expression):
+    """What all reorderings of a chain have in common."""
+    parts = ["+", *expression.split(" ")]
+    return tuple(sorted(zip(parts[::2], parts[1::2])))
+
+
 def test_no_document_holds_a_held_out_problem(documents, two_languages):
-    """Neither as its question nor as an opening of its question, which its steps would work out."""
-    questions = [written.question for written in documents + two_languages if written.question]
-    asked = [expression_of(question).split(" ") for question in questions]
-    assert len(asked) > 30_000
-    for parts in asked:
-        for end in range(5, len(parts) + 1, 2):
-            assert not is_held_out(" ".join(parts[:end])), parts
+    """As its question or as steps of it, the first or later; nor a reordering of one."""
+    for task, written in ((CHAINS, documents), (TWO, two_languages)):
+        rng = random.Random(3)
+        held_out = {task.problem(rng, n, held_out=True).expression for n in (2, 3) * 1500}
+        held_out = set(map(signed_numbers, held_out))
+        asked = {expression_of(each.question) for each in written if each.question}
+        later = {chain for expression in asked for chain in worked_out(expression)}
+        assert len(held_out) > 300 and len(asked) > 5000 and len(later - asked) > 1000
+        assert not held_out & set(map(signed_numbers, asked | later))
+        assert not any(map(is_held_out, asked | later))
+
+
+def test_what_is_held_out_leaves_every_kind_of_step(documents):
+    """Each number is added to and taken from each running total where the limits allow it."""
+    clean = (x for x in documents if x.style == "steps")
+    steps = {match.groups()[1:4] for x in clean for match in STEP.finditer(x.text)}
+    words = {sign: word for word, sign in SIGNS.items() if word.isascii()}
+    for total, sign, operand in itertools.product(range(21), "+-", range(1, 10)):
+        if 0 <= APPLY[sign](total, operand) <= 20:
+            assert (str(total), words[sign], str(operand)) in steps
+
+
+def test_held_out_problems_are_asked_once():
+    """While there are enough: level 1 has a handful."""
+    asked = sample_problems(stream(0, "once"), CHAINS, (2, 3), 250, held_out=True)
+    assert len({problem.prompt for problem in asked}) == 250
+    asked = sample_problems(stream(0, "once"), CHAINS, (1,), 100, held_out=True)
+    assert len(asked) == 100 and 5 < len({problem.prompt for problem in asked}) < 30
 
 
 def test_styles_have_their_shares(documents):
