@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import train
+from data import TASKS
 from data.corpus import document_batches
 from data.signs import Signs, is_held_out
 from experiments.study.collect import TABLES, markdown
@@ -120,6 +121,9 @@ def test_the_table_of_the_log_has_each_field_and_no_other():
     # Of each rule by language the table names two as an example.
     others = {f"{rule}_{x}" for rule in ("reward", "format") for x in ("en", "ko")}
     others |= {name for name in ours if "_thinks_in_" in name}  # nor the measures of two languages
+    signs = TASKS["signs"]
+    tried = "<think>\n 7 : 4 - 3 = 1 * 6 = 6 no</think>"
+    ours |= signs.measures(signs.parse(signs.example), tried).keys()
     assert names == ours - others
 
 
