@@ -27,6 +27,7 @@ never raises. data/chains.py is the task to read, or to copy.
 from functools import cache
 
 from data.chains import Chains
+from data.requests import Requests
 from data.signs import Signs
 from data.tokenizer import Tokenizer
 
@@ -45,6 +46,7 @@ TASKS = {
             max_seq_len=192,
             max_new_tokens=112,
         ),
+        Requests("requests"),
     )
 }
 
