@@ -30,13 +30,15 @@ from data.chains import Chains
 from data.requests import Requests
 from data.signs import Signs
 from data.tokenizer import Tokenizer
+from data.world import World
 
+CHAINS_EN_KO, REQUESTS = Chains("chains-en-ko", languages=("en", "ko")), Requests()
 TASKS = {
     task.name: task
     for task in (
         Signs("signs"),
         Chains("chains"),
-        Chains("chains-en-ko", languages=("en", "ko")),
+        CHAINS_EN_KO,
         Chains(
             "chains-99",
             "+-*",
@@ -46,7 +48,8 @@ TASKS = {
             max_seq_len=192,
             max_new_tokens=112,
         ),
-        Requests("requests"),
+        REQUESTS,
+        World("world", CHAINS_EN_KO, REQUESTS),
     )
 }
 
