@@ -317,15 +317,22 @@ class Talk:
 
     def verdict(self, problem: Problem, completion: str) -> str:
         given = extract_answer(completion)
+        right = problem.is_right(given or "")
+        if right is None:
+            measures = self.task.measures(problem, completion).items()
+            told = [f"{name} {value:.3g}" for name, value in measures if value]
+            return f"no rule says whether this is right; {', '.join(told) or 'measures are all 0'}"
         if given is None:
             return "no answer that the rules can read"
-        right = problem.is_right(given)
-        if right is None:
-            return f"{given}: no rule says whether this is right"
         return f"{given} is right" if right else f"{given} is wrong: {problem.answer} is right"
 
     def print_group(self, problem: Problem, completions: list[str]) -> None:
-        """Each completion with its rewards and its advantage, by the rules of its training."""
+        """Each completion with its rewards and its advantage, by the rules of its training. Where
+        there is no rule, with its verdict."""
+        if problem.is_right("") is None:
+            for completion in completions:
+                print(f"\n--- {self.verdict(problem, completion)}\n{completion}")
+            return
         if self.variant not in VARIANTS:
             raise ValueError(f"its advantages were of a variant {self.variant}, which is not here")
         weights, scale = rule_weights(self.rewards), VARIANTS[self.variant].scale

@@ -324,8 +324,11 @@ def test_a_task_without_a_rule_trains_by_format(tmp_path, capsys):
 def test_sample_says_that_there_is_no_rule(tmp_path):
     save_model(tmp_path / "model.pt", small_model(task="poems"))
     talk = sample.Talk(tmp_path / "model.pt")
-    verdict = talk.verdict(talk.task.parse("5 2 9"), "<answer> 2 5 9</answer>")
-    assert verdict == "2 5 9: no rule says whether this is right"
+    problem, unruled = talk.task.parse("5 2 9"), "no rule says whether this is right; "
+    verdict = talk.verdict(problem, "<answer> 2 5 9</answer>")
+    assert verdict == f"{unruled}measures are all 0"
+    verdict = talk.verdict(problem, "<think> smallest 2 ")
+    assert verdict == f"{unruled}names_smallest 1"
 
 
 ROOMS = {"data", "data.batches", "data.corpus", "data.problem", "data.tokenizer"}

@@ -3,14 +3,19 @@
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
+import sample
+import train
 from data import TASKS, get_tokenizer
 from data.chains import is_held_out, totals
 from data.corpus import encode_document
 from data.problem import sample_problems
+from model import save_model
 from rewards import accuracy_reward
+from tests.small import SMALL, Unsaved, small_model
 from tests.test_data import expression_of
 
 CHAINS, REQUESTS, WORLD = TASKS["chains-en-ko"], TASKS["requests"], TASKS["world"]
@@ -75,3 +80,27 @@ def test_documents_are_at_most_as_long_as_the_longest(level):
         _, ids = encode_document(WORLD.document(rng, range(1, level + 1), longest), words)
         assert len(ids) <= longest, words.decode(ids)
         assert all(i >= 256 or bytes([i]) in b"?!.,\n 0123456789" for i in ids), words.decode(ids)
+
+
+def test_a_model_of_the_world_is_asked_chains_and_requests(tmp_path, capsys):
+    """A request has no rule, so its answer is shown with gold and its parts, alone or in a
+    group."""
+    path = str(tmp_path / "model.pt")
+    save_model(path, small_model(task="world"))
+    for number in (1, 3):
+        sample.main(["tell me about 7", "--checkpoint", path, "-n", str(number)])
+        shown = capsys.readouterr().out
+        said = re.findall("no rule says whether this is right; gold -[0-9.]+, ", shown)
+        assert "User: tell me about 7\n" in shown and len(said) == number
+    sample.main(["7 + 8", "--checkpoint", path])
+    assert "User: what is 7 plus 8?\n" in capsys.readouterr().out
+
+
+def test_r1_zero_runs_in_the_world():
+    """By rules alone: what it asks are chains, so their accuracy is known."""
+    run = Unsaved()
+    train.r1_zero(replace(SMALL, task="world", pretrain_steps=2), run)
+    for stage in ("base", "r1_zero"):
+        assert run.finished[stage]["pass@1"] is not None
+        assert "ko_thinks_in_ko" in run.finished[stage]["thinking"]
+    assert all("accuracy" in record for record in run.records if record["stage"] == "r1_zero")
