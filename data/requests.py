@@ -120,6 +120,7 @@ class Requests:
     name: str = "requests"
     languages: tuple[str, ...] = ("en", "ko")
     levels: tuple[int, int] = (1, 1)
+    more_turns: tuple[int, ...] = ()
     apart: tuple[int, ...] = ()
     beyond: int = 0
     hardest: int = 1

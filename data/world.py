@@ -32,6 +32,7 @@ class World:
     chains: Chains
     requests: Requests
     levels: tuple[int, int] = (1, 4)
+    more_turns: tuple[int, ...] = ()
     apart: tuple[int, ...] = (1,)
     max_seq_len: int = 96
     max_new_tokens: int = 64

@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 import torch
 from torch import Tensor
 
+from model import ScalarModel, Transformer
+
 
 def check_alike(dims: str, **tensors: Tensor) -> None:
     """Raise ValueError, in one line, for tensors that are not all of one shape, which would
@@ -25,3 +27,12 @@ def check_alike(dims: str, **tensors: Tensor) -> None:
         types = (torch.bool,) if name == "mask" else (torch.float32, torch.float64)
         if x.dtype not in types:
             raise ValueError(f"{name} must be {' or '.join(map(str, types))}, not {x.dtype}")
+
+
+def scalar_model(policy: Transformer) -> ScalarModel:
+    """A reward or value model of the policy's size that starts from its trunk, and says 0
+    everywhere."""
+    model = ScalarModel(policy.config).to(policy.embedding.weight.device)
+    model.trunk.load_state_dict(policy.state_dict())
+    model.trunk.in_bfloat16 = policy.in_bfloat16
+    return model

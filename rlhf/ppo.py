@@ -35,7 +35,7 @@ from kit.metrics import Rewards, check_finite, weight_norm
 from kit.run import Run, open_run
 from model import ScalarModel, Transformer
 from rewards import rule_weights
-from rlhf import check_alike
+from rlhf import check_alike, scalar_model
 from sample import Rollout, tokenizer_of
 from train import micro_batches, optimizer_step
 
@@ -217,14 +217,6 @@ class Config(train.Config):
         return replace(super().filled(), out=out)
 
 
-def value_model(policy: Transformer) -> ScalarModel:
-    """A value model of the policy's size that starts from its trunk, and expects 0 everywhere."""
-    value = ScalarModel(policy.config).to(policy.embedding.weight.device)
-    value.trunk.load_state_dict(policy.state_dict())
-    value.trunk.in_bfloat16 = policy.in_bfloat16
-    return value
-
-
 @torch.no_grad()
 def rollout_values(value: ScalarModel, rollout: Rollout, size: int) -> Tensor:
     """What the value model expects before each token of a rollout, (B, T)."""
@@ -357,7 +349,7 @@ def main(arguments: list[str]) -> None:
     config = flags.parse(Config, train.PRESETS, arguments, __doc__, "rlhf.ppo")
     with open_run(config, "-m rlhf.ppo") as run:
         policy = train.base_model(config, run)
-        base, value = copy.deepcopy(policy), value_model(policy)
+        base, value = copy.deepcopy(policy), scalar_model(policy)
         reward = train.rules(rule_weights(config.rewards), tokenizer_of(policy))
         before = run.once("base", lambda: train.examine(config, base))
         ppo(config, run, "ppo", policy, base, value, reward)

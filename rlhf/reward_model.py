@@ -26,7 +26,7 @@ from kit.evaluate import answer_problems, grade, held_out_problems, mean, share
 from kit.metrics import Rewards, check_finite
 from kit.run import Run, open_run
 from model import ScalarModel, Transformer
-from rlhf import check_alike
+from rlhf import check_alike, scalar_model
 from rlhf.preferences import Pair, curated_batches, gold_of, judge_by_length, sample_pairs
 from sample import Rollout, tokenizer_of
 
@@ -83,14 +83,6 @@ class Config(train.Config):
 
 
 PRESETS = {name: knobs | {"task": "world"} for name, knobs in train.PRESETS.items()}
-
-
-def scalar_model(policy: Transformer) -> ScalarModel:
-    """A scalar model of the policy's size that starts from its trunk, and says 0 everywhere."""
-    model = ScalarModel(policy.config).to(policy.embedding.weight.device)
-    model.trunk.load_state_dict(policy.state_dict())
-    model.trunk.in_bfloat16 = policy.in_bfloat16
-    return model
 
 
 def scores(model: ScalarModel, rows: list[Row]) -> Tensor:

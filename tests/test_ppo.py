@@ -28,7 +28,6 @@ from rlhf.ppo import (
     ppo,
     token_rewards,
     value_loss,
-    value_model,
     values_of,
     whiten,
 )
@@ -485,7 +484,7 @@ def by_level(problems, rollout, step):
 def run_ppo(config, reward=by_length, prepare=lambda policy, value: None):
     """PPO from a small model; both models that came out, and the lines of the log."""
     run, policy = Unsaved(), small_model()
-    base, value = copy.deepcopy(policy), value_model(policy)
+    base, value = copy.deepcopy(policy), room.scalar_model(policy)
     prepare(policy, value)
     ppo(config, run, "ppo", policy, base, value, reward)
     assert run.written["ppo_value.pt"] is value
@@ -524,7 +523,7 @@ def test_the_value_model_learns_what_it_can_know():
     assert max(losses[-3:]) < losses[0] / 5
     assert equal(policy, small_model()) and not equal(value.trunk, policy)
     assert all("loss" not in record and "grad_norm" not in record for record in records)
-    assert equal(value_model(policy).trunk, policy)
+    assert equal(room.scalar_model(policy).trunk, policy)
 
 
 def test_the_policy_begins_when_the_value_model_is_warm():
@@ -620,7 +619,7 @@ def job(arguments, stop_at=None):
     config = train.flags.parse(Config, train.PRESETS, arguments, "", "ppo")
     with open_run(config, "-m rlhf.ppo") as run:
         policy = small_model()
-        ppo(config, run, "ppo", policy, small_model(), value_model(policy), reward)
+        ppo(config, run, "ppo", policy, small_model(), room.scalar_model(policy), reward)
 
 
 def left(folder):
