@@ -497,7 +497,7 @@ def equal(one, two):
 
 def other_value_model():
     """A value model that expects something, unlike a new one."""
-    value = value_model(small_model(7))
+    value = room.scalar_model(small_model(7))
     generator = torch.Generator().manual_seed(0)
     value.head.weight.data.copy_(torch.randn(value.head.weight.shape, generator=generator))
     return value
