@@ -1,4 +1,4 @@
-"""A run: its folder, its log, and stages that go on where they were stopped, to the bit.
+"""A run: its folder, its log, and stages that resume bit for bit where they were stopped.
 
     with open_run(config, "train.py") as run:
         for step in run.steps("base", 5000, model, optimizer=optimizer):
@@ -7,14 +7,14 @@
         found = run.once("base", lambda: evaluate(model))
         run.finish({"base": found})
 
-A stage is a loop over `run.steps`. Whatever changes while it runs is named there: modules,
-optimizers, tensors. They are saved every few seconds and restored when the run is resumed. All else
-in a stage must be a function of the seed and the step: then nothing else has to be saved. A stage
-that has ended left its model in <stage>.pt: `run.steps` then loads that file and yields no step. So
-a job of any number of stages is resumed by calling it again from its first line.
+A stage is a loop over `run.steps`. All modules, optimizers and tensors that change in it are named
+there. They are saved every few seconds, and restored when the run resumes. Everything else in a
+stage must be a function of the seed and the step, so it need not be saved. A stage that has ended
+has its model in <stage>.pt: `run.steps` then loads this file and yields no step. So a job of any
+number of stages resumes by running again from its first line.
 
-Of a stage that has ended the model alone comes back. What a later stage needs beside it is kept by
-`run.once`, as plain data, or is a function of the models.
+Only the model of an ended stage comes back. If a later stage needs more, `run.once` keeps it as
+plain data, or it is a function of the models.
 """
 
 import contextlib
@@ -49,32 +49,32 @@ from model import (
 
 try:
     import fcntl
-except ImportError:  # on Windows nothing keeps two processes from going on with one run
+except ImportError:  # on Windows nothing stops two processes from resuming one run
     fcntl = None
 
 ROOT = Path(__file__).parent.parent
 SAVE_EVERY = float(os.environ.get("SAVE_EVERY", 20))  # seconds between two saves; tests set 0
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 KEPT = ("ended", "results", "seconds", "kept", "stopped")  # attributes of a run in last.pt
-State = dict[str, nn.Module | torch.optim.Optimizer | Tensor]  # what changes in a stage, by name
+State = dict[str, nn.Module | torch.optim.Optimizer | Tensor]  # the state of a stage, by name
 
 
 class Run:
-    """One run of a job, and its folder. See the head of this file for how a job uses it."""
+    """One run of a job, and its folder. The head of this file shows how a job uses it."""
 
     def __init__(self, config, program: str):
         self.config, self.program, self.sources = config, program, sources()
         self.folder = Path(os.path.normpath(config.out))
-        self.ended: list[str] = []  # stages
-        self.results: dict[str, dict] = {}  # of `once`
-        self.seconds: dict[str, float] = {}  # of each stage, and of what lies between stages
-        self.stopped: dict = {}  # the stage that last.pt is in the middle of: name, step and state
-        self.kept = {"log.jsonl": 0, "looks.jsonl": 0}  # bytes of each that last.pt counts on
+        self.ended: list[str] = []  # names of the ended stages
+        self.results: dict[str, dict] = {}  # results of `once`, by name
+        self.seconds: dict[str, float] = {}  # time of each stage, and time between stages
+        self.stopped: dict = {}  # the unfinished stage in last.pt: its name, step and state
+        self.kept = {"log.jsonl": 0, "looks.jsonl": 0}  # bytes of these files at the last save
         self.lines: dict[str, Lines] = {}  # these files, once they are open
-        self.named: list[str] = []  # the stages that this process has come to
+        self.named: list[str] = []  # the stages that this process has reached
         self.saved_device = config.device
-        self.begun = False  # whether this process writes the folder
-        self.saved = "nothing"
+        self.begun = False  # whether this process writes to the folder
+        self.saved = "nothing"  # what is saved, in words
         self.clock = self.saved_at = time.perf_counter()
         self.stage, self.step, self.bar = "", 0, None
         self.stepping, self.stop_asked = False, 0
@@ -82,12 +82,12 @@ class Run:
     # ------------------------------------------------------------------------- what a job calls
 
     def steps(self, stage: str, count: int, model: nn.Module, **state) -> Iterator[int]:
-        """The steps of a stage that are still to do, of `count`.
+        """Yield the steps of a stage that remain of `count`.
 
-        `model` and `state` are restored before the first step and saved as time goes by; a state of
-        None is left out. The model goes to <stage>.pt at the end. Use a stage's name once in a job,
-        and do not leave its loop by `break`. Raises ValueError where last.pt holds another job's
-        state, and where <stage>.pt is missing or damaged.
+        `model` and `state` are restored before the first step, and saved every SAVE_EVERY seconds.
+        A state of None is left out. The model is written to <stage>.pt at the end. Use each name of
+        a stage once in a job, and do not leave its loop by `break`. Raises ValueError if last.pt
+        has the state of another job, and if <stage>.pt is missing or damaged.
         """
         if stage in (*self.named, "last"):
             raise ValueError(f"{stage} names two stages, or is the name of last.pt")
@@ -102,7 +102,7 @@ class Run:
         self.say_saved({"stage": stage, "step": first})
         look = {"desc": stage, "bar_format": BAR, "dynamic_ncols": True, "disable": None}
         self.bar = tqdm(range(first, count), initial=first, total=count, **look)
-        self.stepping = True  # from here to the end of the stage, a signal waits for a save
+        self.stepping = True  # until the end of the stage, a signal waits for the next save
         for step in self.bar:
             self.step = step
             yield step
@@ -118,8 +118,8 @@ class Run:
         self.leave_if_asked()
 
     def once(self, name: str, make: Callable[[], dict]) -> dict:
-        """The plain data that `make` gives, made once in the life of the run: a dict, not empty.
-        Raises ValueError within a stage, and where last.pt is in the middle of one."""
+        """The result of `make`, which a run computes once and then keeps: a dict of plain data, not
+        empty. Raises ValueError within a stage, and if last.pt holds an unfinished stage."""
         if name not in self.results:
             if self.stopped or self.stepping:
                 raise self.foreign(ValueError(f"{name!r} is asked for in the middle of a stage"))
@@ -129,25 +129,24 @@ class Run:
         return self.results[name]
 
     def log(self, record: dict) -> None:
-        """Add a line to log.jsonl, for the step of the stage that is under way."""
+        """Add a line to log.jsonl, with the current stage and step."""
         with self.writing():
             self.lines["log.jsonl"].add({"stage": self.stage, "step": self.step + 1, **record})
 
     def look(self, record: dict) -> None:
-        """Add a line to looks.jsonl: what the model of this step says to a few problems."""
+        """Add a line to looks.jsonl: the model's completions of a few problems at this step."""
         with self.writing():
             self.lines["looks.jsonl"].add({"stage": self.stage, "step": self.step + 1, **record})
 
     def show(self, numbers: dict[str, float], keep: bool = False) -> None:
-        """Put numbers beside the bar; with `keep`, also on a line above it that stays."""
+        """Show numbers beside the progress bar; with `keep`, also print them above it."""
         shown = "  ".join(f"{name} {x:.{2 if x < 10 else 1}f}" for name, x in numbers.items())
         self.bar.set_postfix_str(shown)
         if keep:
             self.bar.write(f"step {self.step + 1:4}  {shown}")
 
     def tell(self, text: str) -> None:
-        """Put a line of text above the bar; where it is too long for the terminal, without its
-        middle."""
+        """Print a line of text above the bar, without its middle if the terminal is too narrow."""
         self.bar.write(fit(" ".join(text.split()), shutil.get_terminal_size().columns))
 
     def write(self, name: str, text: str) -> None:
@@ -167,14 +166,15 @@ class Run:
         self.write("result.json", json.dumps(result | {"seconds": seconds}, indent=2) + "\n")
 
     def times(self) -> str:
+        """The seconds of the stages and their sum, in words."""
         each = (f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         return f"{', '.join(each)}, together {sum(self.seconds.values()):.0f} s"
 
     # ---------------------------------------------------------------------- what last.pt holds
 
     def save(self, stopped: dict | None = None) -> None:
-        """Bring last.pt up to date. The logs go to disk first: last.pt speaks of no line that is
-        not there. Raises FloatingPointError for a state that is not finite: the last one stays."""
+        """Write last.pt. The logs go to disk first, so that last.pt never counts a line that is
+        lost. Raises FloatingPointError for a state that is not finite, and keeps the old file."""
         self.stopped = stopped or {}
         self.check_finite(self.stopped.get("state", {}))
         self.book(self.stopped.get("stage", "evaluation"))
@@ -188,13 +188,13 @@ class Run:
         self.say_saved(self.stopped)
 
     def say_saved(self, stopped: dict) -> None:
-        """Put in words what is saved: the middle of a stage, or the end of one."""
+        """Note in words what is saved: a step of a stage, or the end of a stage."""
         self.saved = f"the end of {self.ended[-1]}" if self.ended else "its start"
         if stopped:
             self.saved = f"step {stopped['step']} of {stopped['stage']}"
 
     def restore(self, stage: str, count: int, named: State) -> int:
-        """Bring the state back to where the stage was stopped. Returns the steps that were done."""
+        """Restore the state of a stopped stage. Returns the number of steps that were done."""
         if not self.stopped:
             return 0
         try:
@@ -213,7 +213,7 @@ class Run:
         return step
 
     def check_finite(self, state: dict) -> None:
-        """Raise FloatingPointError for a state that is not finite: the last save stays."""
+        """Raise FloatingPointError for a state that is not finite."""
         for name, x in state.items():
             if not finite(x):
                 raise FloatingPointError(
@@ -223,7 +223,8 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Around whatever writes into the folder, so that its errors are told from the job's."""
+        """Wraps every write to the folder, so that its OSError differs from an OSError of the
+        job."""
         try:
             yield
         except OSError as error:
@@ -241,14 +242,14 @@ class Run:
     # -------------------------------------------------------------------- from open to close
 
     def check_new(self) -> None:
-        """Raise ValueError where the folder of a new run is there already."""
+        """Raise ValueError if the folder of a new run exists already."""
         if os.path.lexists(self.folder):
             command = f": {self.command()}" if (self.folder / "last.pt").exists() else ""
             advice = f"{self.folder} exists: name another folder with --out, or move that one away"
             raise ValueError(advice + (f", or go on with it{command}" if command else ""))
 
     def begin(self) -> None:
-        """Make the folder of a new run: all of it or nothing, and never in another's place."""
+        """Make the folder of a new run, whole or not at all, and never over another folder."""
         if self.begun:
             return
         if not self.lines:
@@ -265,7 +266,7 @@ class Run:
                     with contextlib.suppress(OSError):
                         path.rmdir()
                 self.folder = folder
-                self.check_new()  # whoever was faster has it
+                self.check_new()  # another process may have made it
                 if isinstance(error, OSError):
                     reason = f"--out {folder} cannot be made ({error.strerror})"
                     raise ValueError(f"{reason}: name another folder") from None
@@ -289,8 +290,8 @@ class Run:
         self.lines = {name: Lines(self.folder / name, kept) for name, kept in self.kept.items()}
 
     def resume(self) -> None:
-        """Take up the run as it was when it was last saved. Writes nothing. Raises ValueError, in
-        one line, where it could not go on to what it would have become."""
+        """Restore the run from its last save. Writes nothing. Raises ValueError, in one line, if
+        the run could not go on to the result that it would have had."""
         folder = self.folder
         if (folder / "result.json").exists():
             raise ValueError(f"{folder} has ended: what came of it is in result.json")
@@ -331,14 +332,15 @@ class Run:
         print(f"{folder}: going on after {self.saved}")
         if saved.get("made_by") != made_by(self.config):
             here = f"this is {made_by(self.config)}"
-            print(f"it was saved by {saved.get('made_by')}, and {here}: not the same to the bit")
+            print(f"it was saved by {saved.get('made_by')}, but {here}: bits may differ")
 
     def way_on(self) -> str:
-        """What is saved and how to go on, behind the reason of an end; "" where nothing is."""
+        """What is saved and how to resume, to follow the reason of a stop; "" if nothing is
+        saved."""
         return f"; {self.saved} is saved. To go on: {self.command()}" if self.begun else ""
 
     def command(self) -> str:
-        """What a person types to go on."""
+        """The command that resumes the run."""
         program = self.program
         if not program.startswith("-m "):
             program = shlex.quote(os.path.relpath(ROOT / program))
@@ -351,18 +353,19 @@ class Run:
             raise KeyboardInterrupt(self.stop_asked)
 
     def on_signal(self, number: int, frame: object) -> None:
-        """The first signal lets the step end, so that it can be saved. A second one, or one between
-        two stages, where all is saved, leaves at once."""
+        """Handle a signal. Within a stage, the first signal waits for the step to end and be saved.
+        A second signal, or a signal between stages, ends the run at once."""
         if self.stop_asked or not self.stepping:
             raise KeyboardInterrupt(number)
         self.stop_asked = number
-        with contextlib.suppress(OSError):  # whoever reads it may be gone; print may be at work
+        # Not print, which the signal may have interrupted. The reader of stderr may be gone.
+        with contextlib.suppress(OSError):
             os.write(2, b"\nstopping when this step is done (once more: at once)\n")
 
 
 def fit(line: str, width: int) -> str:
-    """The line in `width` columns, of which a Korean letter takes two: start and end of it, where
-    the whole is too long."""
+    """The line, cut in the middle if it needs more than `width` columns. A Korean letter takes two
+    columns."""
     start, end = line[: len(line) // 2], line[len(line) // 2 :]
     middle = ""
     while sum(1 + (east_asian_width(x) in "WF") for x in start + middle + end) > max(width, 5):
@@ -376,9 +379,9 @@ class CannotWrite(Exception):
 
 
 class Lines:
-    """A file of JSON records, a line each. Lines behind the first `kept` bytes were written after
-    the last save. The run writes them again, so the next line takes their place. Raises ValueError
-    where another process has the file, or where it does not hold what was kept."""
+    """A file with a JSON record on each line. Lines after the first `kept` bytes were written after
+    the last save. The resumed run writes them again, so new lines replace them. Raises ValueError
+    if another process holds the file, or if the first `kept` bytes are not whole lines."""
 
     def __init__(self, path: Path, kept: int):
         self.file = path.open("r+b")
@@ -402,20 +405,20 @@ class Lines:
         self.file.truncate()
 
     def flush(self) -> int:
-        """Bring all lines to disk; returns their bytes."""
+        """Force all lines to disk. Returns the size of the file in bytes."""
         self.file.truncate()
         os.fsync(self.file.fileno())
         return self.file.tell()
 
 
 def states(named: State) -> dict:
-    """What is saved of modules, optimizers and tensors."""
+    """What last.pt keeps of modules, optimizers and tensors."""
     return {name: state_of(x) for name, x in named.items()}
 
 
 def state_of(x: nn.Module | torch.optim.Optimizer | Tensor) -> dict | Tensor:
     if isinstance(x, torch.optim.Optimizer):
-        moments = x.state_dict()["state"]  # its groups are the code's
+        moments = x.state_dict()["state"]  # param_groups come from the code, not from a file
         return {"moments": moments, "count": len(moments)}
     return x if isinstance(x, Tensor) else x.state_dict()
 
@@ -424,13 +427,14 @@ def state_of(x: nn.Module | torch.optim.Optimizer | Tensor) -> dict | Tensor:
 def set_state(
     name: str, x: nn.Module | torch.optim.Optimizer | Tensor, found: dict | Tensor
 ) -> None:
-    """Undo `state_of`. Raises ValueError, or whatever torch raises, for what is no state of x."""
+    """Load what `state_of` returned into x. Raises ValueError, or an error of torch, if `found` is
+    not a state of x."""
     if not finite(found):
         raise ValueError(f"{name} holds numbers that are NaN or infinite")
     if isinstance(x, torch.optim.Optimizer):
         weights = [weight for group in x.param_groups for weight in group["params"]]
         moments, kinds = found["moments"], set()
-        for i, kept in moments.items():  # load_state_dict looks at no shape
+        for i, kept in moments.items():  # load_state_dict does not check shapes
             kinds.add(tuple(kept))
             fits = (torch.Size(), weights[i].shape)
             shapes = all(m.shape == fits[key != "step"] for key, m in kept.items())
@@ -458,7 +462,7 @@ def finite(x: object) -> bool:
 
 
 def sources() -> list[str]:
-    """The code of a run: the files of this repository that are loaded, but for its tests."""
+    """The code of a run: the loaded files of this repository, without the tests."""
     root = ROOT.resolve()
     loaded = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     paths = {Path(path).resolve() for path in loaded if path and os.path.isfile(path)}
@@ -467,13 +471,15 @@ def sources() -> list[str]:
 
 
 def multiplies_in_bfloat16(device: str) -> bool:
-    """Whether it does so in hardware; where that cannot be known, float32 is what always works."""
+    """Whether the device multiplies bfloat16 in hardware. False if this is unknown: float32 always
+    works."""
     there = torch.device(device).type == "cuda" and torch.cuda.is_available()
     return there and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def made_by(config) -> str:
-    """What decides the bits, beside the code, the settings and the seed."""
+    """The torch version, device and dtype. With the code, settings and seed, they decide every
+    bit."""
     cuda = torch.device(config.device).type == "cuda"
     name = torch.cuda.get_device_name if cuda else lambda _: torch.backends.cpu.get_cpu_capability()
     dtype = "bfloat16" if config.in_bfloat16 else "float32"
@@ -481,13 +487,13 @@ def made_by(config) -> str:
 
 
 def set_up(config) -> None:
-    """What a process sets once, before it computes anything. Raises ValueError, in one line, for a
-    device that is not there."""
+    """Set the threads and the determinism of torch, once, before a process computes anything.
+    Raises ValueError, in one line, for a device that does not exist."""
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.deterministic or config.device.startswith("cpu"))
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape
+    torch.backends.cuda.enable_cudnn_sdp(False)  # slow here: it makes a plan for each new shape
     if config.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or matrix products on a GPU refuse
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or deterministic products raise
     if config.cuda_graphs and not config.device.startswith("cuda") and not config.resume:
         raise ValueError(f"--cuda_graphs needs a CUDA device, and --device is {config.device}")
     try:
@@ -503,10 +509,10 @@ def set_up(config) -> None:
 def open_run(config, program: str) -> Iterator[Run]:
     """The run that a configuration asks for, new or resumed.
 
-    `program` is how it is started: a script of the root, or "-m package.module". What is wrong
-    before the run has begun ends the program with one line and status 2. A signal, a full disk, too
-    little memory or numbers that are not finite end it later, with one line that says what is saved
-    and how to go on. Any other error of the job keeps its traceback.
+    `program` is the script that was started, or "-m package.module". An error before the run has
+    begun ends the program with one line and status 2. Later, a signal, a full disk, too little
+    memory and numbers that are not finite end it with one line, which says what is saved and how to
+    resume. Any other error of the job keeps its traceback.
     """
     run = Run(config, program)
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -518,7 +524,7 @@ def open_run(config, program: str) -> Iterator[Run]:
         yield run
     except KeyboardInterrupt as stop:
         for number in signals:
-            signal.signal(number, signal.SIG_IGN)  # once more says nothing more
+            signal.signal(number, signal.SIG_IGN)  # a further signal must not cut the last line
         if run.begun:
             print(f"\nstopped{run.way_on()}", file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
@@ -530,16 +536,16 @@ def open_run(config, program: str) -> Iterator[Run]:
     except FloatingPointError as error:
         sys.exit(f"{name}: {error}")
     except BrokenPipeError:
-        sys.exit(f"{name}: what it prints is not read any more{run.way_on()}")
+        sys.exit(f"{name}: nobody reads its output any more{run.way_on()}")
     except CannotWrite as error:
         sys.exit(f"{name}: {error}{run.way_on()}")
     except (ValueError, OSError) as error:
         if run.begun:
-            raise  # a mistake of the job's own: its traceback is what helps
+            raise  # a mistake in the job: it needs the traceback
         refuse(name, str(error))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for lines in run.lines.values():
-            with contextlib.suppress(OSError):  # of a line that did not fit the disk: it was said
+            with contextlib.suppress(OSError):  # a full disk, which was reported before
                 lines.file.close()

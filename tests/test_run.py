@@ -289,7 +289,10 @@ def test_a_stages_name_is_used_once_and_results_are_made_between_stages(tmp_path
 def test_errors_of_the_job_keep_their_traceback_and_ends_say_the_way_on(tmp_path):
     for error, end in (
         (torch.OutOfMemoryError, r"cpu has too little memory: .*--micro_batch.*; step 0 of one is"),
-        (BrokenPipeError, "not read any more; step 0 of one is saved. To go on: python train.py"),
+        (
+            BrokenPipeError,
+            "nobody reads its output any more; step 0 of one is saved. To go on: python train.py",
+        ),
         (FileNotFoundError, None),
         (KeyError, None),
     ):
