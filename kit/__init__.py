@@ -1,1 +1,1 @@
-"""What every stage of training stands on, and no learner needs first."""
+"""The machinery of every training stage. Read it last: the algorithm does not need it."""

@@ -1,9 +1,9 @@
-"""Sampling on a GPU by CUDA graphs: each step after the first token is one launch, not a hundred.
+"""Sampling on a GPU by CUDA graphs: each step after the first token is one launch, not hundreds.
 
     decoder = CapturedDecoder(model, rows, positions)
     rollout = decoder.generate(model, prompts, ...)        # as sample.generate, token for token
 
-Elsewhere than on a GPU the same step runs as it is.
+Without a GPU the same step runs without a graph.
 """
 
 import math
@@ -14,24 +14,23 @@ from torch import Tensor
 from model import KVCache, Transformer
 from sample import Generation, Rollout, draw, empty_rollout, generate, new_cache
 
-LOOK_EVERY = 16  # tokens between two looks: these steps are so short that a look costs several
-FEWEST_ROWS = 64  # the smallest batch that has graphs: fewer rows would take as long
-FILLED_EVERY = 32  # positions by which graphs differ
+LOOK_EVERY = 16  # steps between two checks for finished rows: a check costs several steps
+FEWEST_ROWS = 64  # the smallest batch that has graphs: a smaller one takes as long
+FILLED_EVERY = 32  # positions between two sizes of the cache that have graphs
 
 
 def corner(x: Tensor, like: Tensor) -> Tensor:
-    """The first entries of x along each dimension, as many as `like` has; in the memory of x."""
+    """The view of x with the shape of `like`: the first entries along each dimension."""
     return x[tuple(map(slice, like.shape))]
 
 
 class CapturedDecoder:
     """The `decode` of sample.py, each step replayed as one CUDA graph.
 
-    A graph reads and writes fixed addresses and takes no arguments. So all that a step needs lies
-    in tensors that live as long as the decoder. What the host knows of a step (how many rows, how
-    many positions) is in the key of the graph, rounded up so that there are few graphs. Weights are
-    found at their addresses too: a decoder follows weights that are changed in place, by an
-    optimizer or by `load_state_dict`, and no others.
+    A graph reads and writes fixed addresses and takes no arguments. So all tensors of a step live
+    as long as the decoder. The numbers that the host knows, of rows and of positions, choose the
+    graph. They are rounded up, so that there are few graphs. Weights have fixed addresses too: the
+    decoder sees changes in place, by an optimizer or by `load_state_dict`, and no new tensors.
     """
 
     def __init__(self, model: Transformer, rows: int, positions: int):
@@ -40,9 +39,9 @@ class CapturedDecoder:
         self.cache = new_cache(model, rows, positions)
         self.rollout = empty_rollout(rows, positions, 0, self.device)
         self.noise = torch.zeros((rows, positions), device=self.device)
-        self.rows = torch.arange(rows, device=self.device)  # the rollout's row of each cache row
-        self.current = torch.zeros_like(self.rows)  # the last token of each
-        # The batches that have graphs; a batch between two is filled up with finished rows.
+        self.rows = torch.arange(rows, device=self.device)  # cache row -> row of the rollout
+        self.current = torch.zeros_like(self.rows)  # cache row -> its last token
+        # The sizes of batch that have graphs. Finished rows fill a batch up to the next size.
         self.sizes = [rows]
         while self.sizes[-1] >= 2 * FEWEST_ROWS:
             self.sizes.append((self.sizes[-1] + 1) // 2)
@@ -52,12 +51,12 @@ class CapturedDecoder:
             self.pool = torch.cuda.graph_pool_handle()  # shared: nothing in it outlives a step
 
     def generate(self, model: Transformer, prompts: list[list[int]], **how) -> Rollout:
-        """As `sample.generate`. Raises ValueError also for another model, and for more rows or
-        positions than the decoder was made for."""
+        """`sample.generate`, by graphs. Also raises ValueError for another model, and for more rows
+        or positions than the decoder was made for."""
         return generate(model, prompts, new_cache=self.first_rows, decode=self.decode, **how)
 
     def first_rows(self, model: Transformer, rows: int, positions: int) -> KVCache:
-        """The decoder's own cache in the place of a new one."""
+        """The first rows of the decoder's cache, instead of a new cache."""
         if model is not self.model:
             raise ValueError("the decoder is another model's")
         if rows > self.sizes[0] or positions > self.positions:
@@ -66,9 +65,9 @@ class CapturedDecoder:
         return self.cache.first(rows, 0)
 
     def decode(self, generation: Generation, sampled: Tensor, steps: int) -> None:
-        """As `sample.decode`, for the cache that `first_rows` gave."""
+        """`sample.decode`, for the cache from `first_rows`."""
         cache, rollout, noise = generation.cache, generation.rollout, generation.noise
-        self.rollout.finished.fill_(True)  # rows that this rollout does not have are never read
+        self.rollout.finished.fill_(True)  # rows beyond this rollout count as finished
         self.cache.lengths.zero_()
         self.rows.copy_(torch.arange(len(self.rows), device=self.device))
         names = ("tokens", "mask", "logps", "entropy", "finished")
@@ -89,27 +88,27 @@ class CapturedDecoder:
             given.copy_(corner(mine, given))
 
     def compact(self, size: int, filled: int) -> int:
-        """The size of the smallest batch that holds the rows that still run, 0 if none runs. Where
-        it is below `size`, these rows move to the front, and finished rows after them."""
+        """The smallest size of batch that holds all unfinished rows, or 0 if all are finished. If
+        it is smaller than `size`, unfinished rows move to the front, and finished rows follow."""
         finished = self.rollout.finished[self.rows[:size]]
-        running = size - int(finished.sum())  # the one wait for the GPU
+        running = size - int(finished.sum())  # the only wait for the GPU
         fitting = min(each for each in self.sizes if each >= running) if running else 0
         if 0 < fitting < size:
             order = finished.int().argsort(stable=True)[:fitting]
             kept = self.cache.first(size, filled)
-            kept.select(order)  # in the memory of the cache, but for the lengths
+            kept.select(order)  # moves keys and values within the cache, but returns new lengths
             self.cache.lengths[:fitting] = kept.lengths
             for x in (self.rows, self.current):
-                x[:fitting] = x[order]  # indexing copies first: no row is overwritten unread
+                x[:fitting] = x[order]  # x[order] is a copy, so no row is overwritten unread
         return fitting
 
     def step(self, size: int, filled: int, temperature: float, eos_id: int) -> None:
-        """One token more for the first rows, none of which then holds more than `filled` positions.
-        A graph captures this: nothing here may wait for the GPU, or come from the host and differ
-        from step to step."""
+        """Sample one more token for the first `size` rows. After it, no row has more than `filled`
+        positions. A graph captures this: nothing here may wait for the GPU, or depend on a number
+        of the host that differs between steps."""
         cache = self.cache.first(size, filled - 1)  # the model adds the position that it fills
-        # Autocast keeps the weights it has cast. From a cache filled before the capture, a graph
-        # would go on reading weights of then; without one, each replay casts anew.
+        # Autocast would cache its cast weights, and a graph would read these old copies for ever.
+        # Without the cache, each replay casts the weights again.
         with torch.autocast(self.device.type, enabled=False, cache_enabled=False):
             logits = self.model(self.current[:size, None], cache)[:, 0]
         rows, lengths = self.rows[:size], cache.lengths
@@ -118,9 +117,9 @@ class CapturedDecoder:
         )
 
     def replay(self, *key) -> None:
-        """A step, from its graph where there is one. The first step with a key runs as it is, on a
-        stream of its own: a capture needs this warm-up. The capture then records kernels and runs
-        none."""
+        """Run a step by its graph. The first step with a key has no graph yet: it runs on a stream
+        of its own, as the warm-up that a capture needs. Then the graph is captured, which records
+        kernels and runs none."""
         if self.device.type != "cuda":
             self.step(*key)
         elif key in self.graphs:
@@ -134,4 +133,4 @@ class CapturedDecoder:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.step(*key)
-            self.graphs[key] = graph  # only now: an interrupted capture leaves none
+            self.graphs[key] = graph  # last, so that an interrupted capture leaves no graph

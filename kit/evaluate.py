@@ -15,22 +15,22 @@ from model import Transformer
 from rewards import extract_answer, format_reward, is_right
 from sample import complete, decode_completions, tokenizer_of
 
-PART = 128  # problems answered at a time: it bounds what the cache takes
+PART = 128  # problems answered at a time, which bounds the memory of the cache
 
-Answers = list[list[tuple[str, int]]]  # of each problem: each completion's text, and its tokens
+Answers = list[list[tuple[str, int]]]  # for each problem, the completions: text, count of tokens
 
 
 def pass_at_k(samples: int, right: float, k: int) -> float:
-    """Unbiased estimate of the chance that one of k completions is right, from `right` among
-    `samples` of them (Chen et al. 2021). NaN stays NaN."""
+    """Unbiased estimate of the probability that at least one of k completions is right, given that
+    `right` of `samples` completions are (Chen et al. 2021). For a `right` of NaN it is NaN."""
     if math.isnan(right):
         return right
     return 1.0 - math.comb(samples - int(right), k) / math.comb(samples, k)
 
 
 def majority_is_right(answers: list[str | None], problem: Problem) -> bool | None:
-    """Whether the answer given most often is right; None where there is no rule. No answer is no
-    vote; of equals the first given wins."""
+    """Whether the most frequent answer is right; None if the problem has no rule. None as an answer
+    is no vote. Of equally frequent answers, the first wins."""
     votes = Counter(given for given in answers if given is not None)
     right = problem.is_right(votes.most_common(1)[0][0] if votes else "")
     return None if right is None else right and bool(votes)
@@ -59,27 +59,27 @@ def answer_problems(
 
 
 def grade(problems: list[Problem], answers: Answers) -> np.ndarray:
-    """Accuracy of each completion, (problems, samples); its mean is pass@1. NaN where the task has
-    no rule."""
+    """The accuracy of each completion, (problems, samples) float64. Its mean is pass@1. NaN for a
+    problem without a rule."""
     right = [[is_right(text, p) for text, _ in group] for p, group in zip(problems, answers)]
     return np.array(right, dtype=float)  # None becomes NaN
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float | None:
-    """The mean of the values that are known, which is all but NaN; None where none is."""
+    """The mean of the values that are not NaN, or None if there is no such value."""
     values = np.asarray(values, dtype=float)
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
 
 
 def mean_think_tokens(texts: list[str], tokenizer: Tokenizer) -> float:
-    """The mean length of the closed thoughts, in tokens; 0 where no thought is closed."""
+    """The mean length of the closed thoughts in tokens; 0 if no text has a closed thought."""
     thoughts = [thought for thought in map(thought_of, texts) if thought is not None]
     return mean([len(tokenizer.encode(thought)) for thought in thoughts]) or 0.0
 
 
 def mean_measures(problems: list[Problem], texts: list[list[str]]) -> dict[str, float]:
-    """The measures of the problems' own tasks, each a mean over the completions that have it."""
+    """Each measure of the problems' tasks, as a mean over the completions that have it."""
     found = defaultdict(list)
     for problem, group in zip(problems, texts):
         for text in group:
@@ -91,8 +91,8 @@ def mean_measures(problems: list[Problem], texts: list[list[str]]) -> dict[str, 
 def held_out_problems(
     task: str, levels: Sequence[int], count: int, seed: int, purpose: str
 ) -> list[Problem]:
-    """The same problems whenever they are asked for, of the levels that the task does not tell
-    apart."""
+    """Held-out problems of these levels, without the levels that the task keeps apart. Equal
+    arguments give equal problems."""
     levels = [level for level in levels if level not in TASKS[task].apart]
     return sample_problems(stream(seed, purpose), TASKS[task], levels, count, held_out=True)
 
@@ -107,10 +107,10 @@ def evaluate(
     limit: int,
     seed: int,
 ) -> dict:
-    """The metrics of a model on held-out problems, at temperature 1 but for "greedy": means over
-    `problems` problems of these levels, `samples` completions of each, of at most `limit` tokens.
-    The levels that the task tells "apart" and the levels "beyond" these have a pass@1 each. What
-    depends on a rule is None where the task has none."""
+    """The metrics of a model on held-out problems. They are means over `problems` problems of these
+    levels and `samples` completions of each, of at most `limit` tokens, at temperature 1 except for
+    "greedy". Each level that the task keeps "apart", and each level "beyond" these, has its own
+    pass@1. Metrics that need a rule are None if the task has no rule."""
     beyond = range(levels[-1] + 1, levels[-1] + 1 + TASKS[task].beyond)
     alone = {"apart": [level for level in levels if level in TASKS[task].apart], "beyond": beyond}
 
@@ -119,34 +119,34 @@ def evaluate(
         asked = sample_problems(rng, TASKS[task], [level], 100, held_out=True)
         return mean(grade(asked, answer_problems(model, asked, 4, limit=limit, seed=noise)))
 
-    problems = held_out_problems(task, levels, problems, seed, "evaluation")
+    asked = held_out_problems(task, levels, problems, seed, "evaluation")
     noise = stream(seed, "evaluation noise", samples).getrandbits(63)  # the same for every model
-    answers = answer_problems(model, problems, samples, limit=limit, seed=noise)
-    greedy = answer_problems(model, problems, 1, 0.0, limit=limit, seed=noise)
-    correct = grade(problems, answers)  # (problems, samples)
+    answers = answer_problems(model, asked, samples, limit=limit, seed=noise)
+    greedy = answer_problems(model, asked, 1, 0.0, limit=limit, seed=noise)
+    correct = grade(asked, answers)  # (problems, samples)
     groups = [[text for text, _ in group] for group in answers]
     texts = [text for group in groups for text in group]
 
     def pass_1_by(attribute: str) -> dict[str, float | None]:
-        values = np.array([str(getattr(problem, attribute)) for problem in problems])
+        values = np.array([str(getattr(problem, attribute)) for problem in asked])
         return {str(value): mean(correct[values == value]) for value in np.unique(values)}
 
     votes = [
         majority_is_right([extract_answer(text) for text in group[i : i + 8]], problem)
-        for problem, group in zip(problems, groups)
+        for problem, group in zip(asked, groups)
         for i in range(0, samples - 7, 8)
     ]
     return {
         "pass@1": mean(correct),
         "pass@8": mean([pass_at_k(samples, count, 8) for count in correct.sum(axis=1)]),
         "maj@8": mean(votes),
-        "greedy": mean(grade(problems, greedy)),
+        "greedy": mean(grade(asked, greedy)),
         "format": mean([format_reward(text) for text in texts]),
         "completion_tokens": mean([length for group in answers for _, length in group]),
         "think_tokens": mean_think_tokens(texts, tokenizer_of(model)),
         "by_level": pass_1_by("level"),
         "by_language": pass_1_by("language"),
-        "thinking": mean_measures(problems, groups),
+        "thinking": mean_measures(asked, groups),
         **{
             name: {str(level): pass_1_at(level) for level in levels}
             for name, levels in alone.items()
@@ -157,8 +157,9 @@ def evaluate(
 def compare_samples(
     models: dict[str, Transformer], problems: list[Problem], limit: int, seed: int
 ) -> tuple[str, str]:
-    """Two texts: what each model says to every problem, and the same for one of them. That is the
-    first problem that the first model gets wrong and the last model right, else the first."""
+    """Two texts: the completions of each model for all problems, and for one problem. This problem
+    is the first that the first model gets wrong and the last model right; if there is none, the
+    first of all."""
     seed = stream(seed, "noise of the samples").getrandbits(63)
     said = {
         name: answer_problems(model, problems, 1, limit=limit, seed=seed)
@@ -180,12 +181,12 @@ def compare_samples(
 
 
 def share(x: float | None) -> str:
-    """A share in percent; "-" where it is not known."""
+    """A share in percent, or "-" for None."""
     return "-" if x is None else f"{100 * x:.1f} %"
 
 
 def table(base: dict, trained: dict) -> str:
-    """The evaluations of two models side by side."""
+    """The evaluations of two models side by side, as lines of text."""
 
     def row(text: str, *cells: str) -> str:
         return f"{text:28}{''.join(f'{cell:>11}' for cell in cells)}".rstrip()

@@ -1,7 +1,7 @@
 """Any frozen dataclass as a command line.
 
-Each field is a flag, its default the default, and the comment behind it the help. The class may
-hold CHOICES, the values that a field can take, and RANGES, the least and the most of a number.
+Each field is a flag, with the field's default, and the comment behind the field is its help. The
+class has CHOICES, the values that a field can take, and RANGES, the bounds of a number.
 """
 
 import argparse
@@ -18,12 +18,11 @@ import torch
 from model import load_tensors, one_line
 
 COMMENTED = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)
-MOST = {int: 2**31 - 1, float: 1e30}  # of a number without a range of its own; the least is 1 or 0
+MOST = {int: 2**31 - 1, float: 1e30}  # the bound of a number without a range
 
 
 def command_line(description: str, program: str | None = None) -> argparse.ArgumentParser:
-    """A parser whose help begins with the description as it stands, and whose errors are one
-    line."""
+    """A parser whose help keeps the lines of the description, and whose errors are one line."""
     return argparse.ArgumentParser(
         prog=program,
         usage=argparse.SUPPRESS,
@@ -42,8 +41,9 @@ def refuse(program: str, reason: str) -> NoReturn:
 def parse(
     Config: type, presets: dict[str, dict], arguments: list[str], description: str, program: str
 ):
-    """The configuration that a command line asks for: the preset's values, then the flags over
-    them; with --resume, the settings of that run. What is wrong ends the program with one line."""
+    """The configuration that a command line asks for. Flags override the preset, and the preset
+    overrides the defaults. With --resume it is the configuration of that run. A mistake ends the
+    program with one line."""
     parser = command_line(description, program)
     helps = {name: text for base in Config.__mro__[-2::-1] for name, text in comments(base)}
     for field in fields(Config):
@@ -68,17 +68,19 @@ def parse(
 
 
 def comments(Config: type) -> list[tuple[str, str]]:
+    """The name of each field of a class, and the comment behind it in the source."""
     return COMMENTED.findall(textwrap.dedent(inspect.getsource(Config)))
 
 
 def kind(field) -> type:
-    """The type of a field's value, float for "float | None"."""
+    """The type of a field's value; float for "float | None"."""
     return (get_args(field.type) or [field.type])[0]
 
 
 def saved_config(Config: type, given: dict):
-    """The configuration of the run to resume, in the folder where it is now. Raises ValueError
-    where there is no such run, or where flags of another one came with --resume."""
+    """The saved configuration of the run in `given["resume"]`, with this folder as its --out.
+    Raises ValueError, in one line, if the folder holds no run, and for any other flag but
+    --device."""
     folder = Path(given["resume"])
     if others := sorted(set(given) - {"resume", "device"}):
         raise ValueError(f"--resume goes on with the settings of {folder}: leave --{others[0]} out")
@@ -95,8 +97,8 @@ def saved_config(Config: type, given: dict):
 
 
 def check_values(config) -> None:
-    """Raise ValueError, in one line, for a value that is no choice, and for a number that is not in
-    its range."""
+    """Raise ValueError, in one line, for a value that is not among the choices of its field, or not
+    in its range."""
     for field in fields(config):
         value, number = getattr(config, field.name), kind(field)
         choices = config.CHOICES.get(field.name)
@@ -104,6 +106,7 @@ def check_values(config) -> None:
             raise ValueError(f"--{field.name} must be one of {', '.join(choices)}, not {value!r}")
         if number not in MOST or value is None:
             continue
-        least, most = config.RANGES.get(field.name, (number is int, MOST[number]))
+        default = (1 if number is int else 0, MOST[number])
+        least, most = config.RANGES.get(field.name, default)
         if not least <= value <= most:
             raise ValueError(f"--{field.name} must be from {least:g} to {most:g}, not {value!r}")

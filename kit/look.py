@@ -29,11 +29,13 @@ def look(
     limit: int,
     seed: int,
 ) -> tuple[Rollout, dict[str, float]]:
-    """`group_size` completions of each problem, of at most `limit` tokens, with the same noise at
-    each look; and their numbers for the log: accuracy, where there is a rule, and measures of
-    thinking. `reward` and `advantage` are those of the training."""
-    how = {"group_size": group_size, "max_new_tokens": limit}
-    rollout = complete(model, problems, seed=stream(seed, "noise of a look").getrandbits(63), **how)
+    """Sample `group_size` completions of each problem, of at most `limit` tokens, and show a few in
+    looks.jsonl. The noise is the same at each look. `reward` and `advantage` are the functions of
+    the training. Returns the rollout and numbers for the log: accuracy, if there is a rule, and
+    measures of thinking."""
+    limits = {"group_size": group_size, "max_new_tokens": limit}
+    noise = stream(seed, "noise of a look").getrandbits(63)
+    rollout = complete(model, problems, seed=noise, **limits)
     tokenizer = tokenizer_of(model)
     texts = decode_completions(rollout, tokenizer)
     rewards = reward(problems, rollout, run.step)
@@ -56,8 +58,8 @@ def told(
     count: int,
     tokenizer: Tokenizer,
 ) -> list[dict]:
-    """What a rollout says to the first `count` problems, token by token, as looks.jsonl holds
-    it."""
+    """The completions of the first `count` problems, token by token, as they stand in
+    looks.jsonl."""
     G = len(texts) // len(problems)
     by_token = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(rollout.mask)
 

@@ -1,4 +1,4 @@
-"""What memory a run takes: asked for before anything is paid for, and missed in one line."""
+"""The memory of a run: checked before the run computes anything."""
 
 import torch
 
@@ -8,8 +8,8 @@ from sample import new_cache
 
 
 def check_memory(config, model_config: ModelConfig) -> None:
-    """Raise ValueError, in one line, where the device cannot give what training and the largest
-    rollout take at the least. So nothing is paid for and then lost."""
+    """Raise ValueError, in one line, if the device lacks the memory that training or the largest
+    rollout needs at least. Without this check, a run could fail after hours of work."""
     with torch.device("meta"):  # shapes without memory
         model = Transformer(model_config)
         model.in_bfloat16 = config.in_bfloat16
@@ -30,6 +30,6 @@ def check_memory(config, model_config: ModelConfig) -> None:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether memory was short; for a CPU's, torch has no type of its own."""
+    """Whether an error says that memory is short. For a CPU, torch has no type of error for it."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or "allocate memory" in str(error) or "not enough memory" in str(error)

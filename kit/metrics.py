@@ -1,4 +1,4 @@
-"""What a rollout and its updates show: the numbers of the log."""
+"""The numbers in the log: metrics of a rollout and of its updates."""
 
 import math
 
@@ -13,8 +13,8 @@ Rewards = dict[str, Tensor]  # (B,) each: "reward", which is maximised, and its 
 
 
 def weight_norm(model: nn.Module) -> float:
-    """The norm of all weights together. It tells of an update that broke them; the loss before the
-    update cannot."""
+    """The norm of all weights together. After an update, it shows at once if a weight is NaN or
+    infinite."""
     return torch.stack([weight.detach().norm() for weight in model.parameters()]).norm().item()
 
 
@@ -27,8 +27,8 @@ def check_finite(stage: str, step: int, numbers: dict[str, float]) -> None:
 
 
 def check_rewards(rewards: Rewards, rollout: Rollout, rows: int) -> None:
-    """Raise ValueError, in one line, for a rollout of other than P * G rows, and for rewards that
-    are not one number for each row."""
+    """Raise ValueError, in one line, if the rollout has not P * G rows, or if a reward is not one
+    number for each row."""
     if len(rollout.finished) != rows:
         raise ValueError(f"the rollout must have {rows} rows, P * G, not {len(rollout.finished)}")
     for name, x in rewards.items():
@@ -38,7 +38,7 @@ def check_rewards(rewards: Rewards, rollout: Rollout, rows: int) -> None:
 
 
 def rollout_metrics(problems: list[Problem], rollout: Rollout, rewards: Rewards) -> dict:
-    """Means over all rows of a rollout."""
+    """The metrics of a rollout: means over its rows, and over its tokens for "entropy"."""
     G = len(rollout.tokens) // len(problems)
     groups = rewards["reward"].view(-1, G)
     tokens = torch.from_numpy(rollout.ends - rollout.starts).float()
@@ -47,7 +47,7 @@ def rollout_metrics(problems: list[Problem], rollout: Rollout, rewards: Rewards)
         **{f"{name}_std": values.std().item() for name, values in rewards.items()},  # over all rows
         "completion_tokens": tokens.mean().item(),
         "entropy": rollout.entropy.sum().item() / tokens.sum().item(),
-        "cut": 1 - rollout.finished.float().mean().item(),  # share that met --max_new_tokens
+        "cut": 1 - rollout.finished.float().mean().item(),  # rows stopped by --max_new_tokens
         "no_signal": (groups == groups[:, :1]).all(dim=1).float().mean().item(),  # equal rewards
     }
     if "accuracy" in rewards:
@@ -68,8 +68,8 @@ def rollout_metrics(problems: list[Problem], rollout: Rollout, rewards: Rewards)
 
 
 def totals(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The metrics of an update, from its micro-batches: sums, but the largest of "logp_gap". One
-    read of the device."""
+    """The metrics of an update: sums over its micro-batches, and the maximum for "logp_gap". Reads
+    from the device once."""
     if not parts:
         return {"tokens": 0.0, "loss": 0.0, "logp_gap": 0.0}
     names = list(parts[0])
@@ -79,8 +79,8 @@ def totals(parts: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a step, from its updates: means over tokens, or over the updates. A step
-    without any signal has no tokens, and so no means over them."""
+    """The metrics of a step: means over the tokens of its updates, or over its updates. A step
+    without any signal trains on no token, and has no means over tokens."""
     by_update, tokens = (
         ("loss", "grad_norm", "weight_norm"),
         sum(sums["tokens"] for sums in updates),
