@@ -1,10 +1,10 @@
 """Sampling: G completions for each prompt, with a key/value cache; and the command to talk to a
 model.
 
-    python sample.py "7 + 8 - 3"          # the newest run thinks and answers
-    python sample.py "7 + 8 - 3" -n 8     # a group of 8, with its rewards and advantages
-    python sample.py "7 더하기 8 빼기 3"     # in Korean, for a model of --task chains-en-ko
-    python sample.py                      # asks for problems
+    python sample.py "make 7 from 4 3 6"       # the newest run thinks and answers
+    python sample.py "make 7 from 4 3 6" -n 8  # a group of 8, with its rewards and advantages
+    python sample.py "7 더하기 8 빼기 3"          # in Korean, for a model of --task chains-en-ko
+    python sample.py                           # asks for problems
 
 B rows, G of them for each of P prompts; T token positions; V vocabulary.
 """
@@ -386,7 +386,11 @@ def main(arguments: list[str]) -> None:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("problem", nargs="*", help="such as '7 + 8 - 3'; without one, problems are asked for")
+    add(
+        "problem",
+        nargs="*",
+        help="such as 'make 7 from 4 3 6'; without one, problems are asked for",
+    )
     add("--checkpoint", type=Path, help="a model file [the newest out/*/r1_zero.pt]")
     add("-n", type=int, default=1, help="completions to sample [1]")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token [1.0]")

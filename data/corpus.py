@@ -1,6 +1,6 @@
 """The web in miniature as a model reads it: documents of a task, as token ids, in batches.
 
-python -m data.corpus                # prints ten documents of the chains
+python -m data.corpus                # prints ten documents of the default task, signs
 python -m data.corpus chains-en-ko   # of another row of TASKS
 """
 
@@ -62,7 +62,7 @@ def check_room(task: str, level: int, hardest: int, room: int, max_new_tokens: i
 
 
 if __name__ == "__main__":
-    name = sys.argv[1] if sys.argv[1:] else "chains"
+    name = sys.argv[1] if sys.argv[1:] else "signs"
     if name not in TASKS:
         sys.exit(f"data.corpus: {name} is no task; the tasks are {', '.join(TASKS)}")
     rng, (least, most) = random.Random(0), TASKS[name].levels
