@@ -185,13 +185,13 @@ def share(x: float | None) -> str:
     return "-" if x is None else f"{100 * x:.1f} %"
 
 
-def table(base: dict, trained: dict) -> str:
+def table(base: dict, trained: dict, trained_by: str = "R1-Zero") -> str:
     """The evaluations of two models side by side, as lines of text."""
 
     def row(text: str, *cells: str) -> str:
         return f"{text:28}{''.join(f'{cell:>11}' for cell in cells)}".rstrip()
 
-    lines = [row("held-out problems", "base", "R1-Zero")]
+    lines = [row("held-out problems", "base", trained_by)]
     for name in ("pass@1", "pass@8", "maj@8", "greedy", "format"):
         lines.append(row(name, share(base[name]), share(trained[name])))
     for name, text in (

@@ -30,7 +30,7 @@ from torch import Tensor
 import train
 from grpo import VARIANTS
 from kit import flags, metrics
-from kit.evaluate import share
+from kit.evaluate import table
 from kit.metrics import Rewards, check_finite, weight_norm
 from kit.run import Run, open_run
 from model import ScalarModel, Transformer
@@ -355,7 +355,7 @@ def main(arguments: list[str]) -> None:
         ppo(config, run, "ppo", policy, base, value, reward)
         after = run.once("ppo", lambda: train.examine(config, policy))
         run.finish({"device": config.device, "seed": config.seed, "base": before, "ppo": after})
-        print(f"pass@1 {share(before['pass@1'])} -> {share(after['pass@1'])}, {run.times()}")
+        print(f"\n{table(before, after, 'PPO')}\n\n{run.times()}")
 
 
 if __name__ == "__main__":
