@@ -11,6 +11,7 @@ from data import TASKS, get_tokenizer
 from data.problem import sample_problems
 from data.signs import candidates, line, parts_of, tries_of
 from experiments.study import search
+from experiments.study.collect import RESULTS
 from kit.evaluate import answer_problems
 from tests.small import small_model
 
@@ -112,3 +113,27 @@ def test_its_numbers_are_plain_as_json_needs():
     model = small_model(task="signs")
     found = search.examine(model, [2, 3], 4, 2, limit=40, seed=0)
     assert set(json.loads(json.dumps(found))) == {"2", "3"}
+
+
+def test_the_table_has_a_row_for_each_measure_and_level():
+    """A number of one seed stands alone, numbers of several with their range."""
+    found = {name: 0.5 for name in search.ROWS}
+    planted = {n: {"hit": 1.0, "miss": 0.0, "miss by one": 0.0} for n in ("0", "9")}
+    models = ("base", "base that may not give up", "R1-Zero")
+    one = {name: {"2": found, "3": found} for name in models}
+    one["planted"] = {"base": planted, "R1-Zero": planted}
+    results = {"command": "c", "hardware": "h", "torch": "t", "seeds": [{"seed": 3, "search": one}]}
+    lines = search.table(results).splitlines()
+    assert len([line for line in lines if "numbers |" in line]) == 2 * len(search.ROWS)
+    assert "| right, 3 numbers | 50.0 % | 50.0 % | 50.0 % |" in lines
+    assert '| P("yes") after 9 misses and a planted hit | 100.0 % | - | 100.0 % |' in lines
+
+
+def test_every_base_model_of_the_study_can_check():
+    """Without true verdicts persistence does not pay: GRPO is then not worth starting."""
+    seeds = json.loads((RESULTS / "search.json").read_text())["seeds"]
+    assert len(seeds) >= 3
+    for each in seeds:
+        verdicts = each["search"]["planted"]["base"]["0"]
+        assert verdicts["hit"] >= 0.99
+        assert verdicts["miss"] <= 0.01 and verdicts["miss by one"] <= 0.01
