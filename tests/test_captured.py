@@ -105,6 +105,15 @@ def test_a_captured_decoder_follows_the_weights_and_keeps_nothing_of_the_rollout
     assert rows_of(third) != rows_of(first)
 
 
+def test_rows_that_a_rollout_does_not_have_start_anew():
+    """They ride along at the lengths of the rollout before, and would run out of the cache."""
+    model = make_model(eos_bias=-1.0)
+    decoder = CapturedDecoder(model, 4, 12)
+    decoder.generate(model, PROMPTS, max_new_tokens=5, eos_id=EOS)
+    fewer = decoder.generate(model, PROMPTS[1:2], max_new_tokens=11, eos_id=EOS)
+    assert_same(fewer, generate(model, PROMPTS[1:2], max_new_tokens=11, eos_id=EOS))
+
+
 def test_a_captured_decoder_takes_a_batch_in_parts(small_graphs):
     model = make_model()
     decoder, asked = (

@@ -175,6 +175,9 @@ def test_language_consistency_is_the_share_of_the_thoughts_words(thought, englis
     completion = f"<think>{thought}</think><answer> 15</answer>"
     assert language_consistency_reward(completion, "en") == english
     assert language_consistency_reward(completion, "ko") == korean
+    around = f"plus plus plus plus plus {completion} 더하기 더하기 더하기 더하기"
+    assert language_consistency_reward(around, "en") == english, "the thought's words alone count"
+    assert language_consistency_reward(around, "ko") == korean
 
 
 def test_language_consistency_looks_at_the_thought_alone():

@@ -286,6 +286,25 @@ def test_a_stages_name_is_used_once_and_results_are_made_between_stages(tmp_path
         assert run.once("x", lambda: {"a": 1}) == run.once("x", dict) == {"a": 1}
 
 
+def test_logs_are_on_disk_before_last_pt_counts_on_them(tmp_path, monkeypatch):
+    """After a loss of power it must speak of no line that is not there."""
+    honest, synced = os.fsync, []
+
+    def fsync(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        honest(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(kit.run, "SAVE_EVERY", 0)
+    with open_run(config_for(tmp_path / "run"), "train.py") as run:
+        for _ in run.steps("one", 2, small_model()):
+            run.log({"loss": 1.0})
+    saves = [i for i, name in enumerate(synced) if name == "last.pt.partial"]
+    assert len(saves) == 4  # its start, two steps, its end
+    for i in saves:
+        assert sorted(synced[i - 2 : i]) == ["log.jsonl", "looks.jsonl"]
+
+
 def test_errors_of_the_job_keep_their_traceback_and_ends_say_the_way_on(tmp_path):
     for error, end in (
         (torch.OutOfMemoryError, r"cpu has too little memory: .*--micro_batch.*; step 0 of one is"),
