@@ -1,14 +1,17 @@
 """The numbers of the log: each counts what it says."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from grpo import token_logps
 from kit.metrics import check_finite, rollout_metrics, totals, update_metrics
 from sample import Rollout
-from tests.small import CHAINS, SMALL, small_model
+from tests.small import CHAINS, SMALL, by_length, run_grpo, small_model
 from train import add_gradient, loss_inputs, sample
 
 
@@ -96,3 +99,21 @@ def test_any_number_that_is_not_finite_stops_the_run(value):
             FloatingPointError, match=rf"r1_zero stopped at step 7: \w+ is {value};"
         ):
             check_finite("r1_zero", 6, metrics)
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuses what a device without float64 refuses, as MPS does."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        given = operator(*args, **kwargs or {})
+        for x in filter(torch.is_tensor, tree_leaves(given)):
+            assert x.dtype != torch.float64, operator
+        return given
+
+
+def test_a_step_asks_for_no_float64():
+    """Sampling, rewards, updates, metrics and a look: some devices have none."""
+    config = replace(SMALL, steps=1, beta=0.1, eval_every=1)
+    policy = small_model()
+    with NoDoubles():
+        run_grpo(config, by_length, policy)
