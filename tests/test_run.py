@@ -829,7 +829,7 @@ def test_a_file_that_was_not_there_at_the_start_is_in_nobodys_way(broken_off, wh
 def test_another_version_of_torch_is_said(broken_off, capsys):
     in_last(lambda saved: saved.update(made_by="torch 1.0 on cpu (ABACUS)"))(broken_off)
     train.main(["--resume", str(broken_off)])
-    said = "saved by torch 1.0 on cpu (ABACUS), and this is torch"
+    said = "saved by torch 1.0 on cpu (ABACUS), but this is torch"
     assert said in capsys.readouterr().out
 
 
