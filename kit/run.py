@@ -510,9 +510,9 @@ def open_run(config, program: str) -> Iterator[Run]:
     """The run that a configuration asks for, new or resumed.
 
     `program` is the script that was started, or "-m package.module". An error before the run has
-    begun ends the program with one line and status 2. Later, a signal, a full disk, too little
-    memory and numbers that are not finite end it with one line, which says what is saved and how to
-    resume. Any other error of the job keeps its traceback.
+    begun ends the program with one line and status 2. A later signal, a full disk, too little
+    memory and numbers that are not finite also end it with one line. It says what is saved and how
+    to resume. Any other error of the job keeps its traceback.
     """
     run = Run(config, program)
     signals = (signal.SIGINT, signal.SIGTERM)

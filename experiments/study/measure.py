@@ -138,10 +138,10 @@ def of_others(problems: list[Problem]) -> Keys:
 def by_style(answers: Answers, keys: Keys) -> dict[str, dict]:
     """Three shares for each style.
 
-    "share": its completions among all. "right": the right completions among these, by the answer
-    tag or read leniently. "counted": among the right completions, those that the accuracy rule
-    counts, which wants the tag. A completion is right as often as it gives a key of its problem, as
-    a mean over the keys. A problem without keys counts for "share" alone.
+    "share": the completions in this style, among all completions. "right": the right completions
+    among these, by the answer tag or read leniently. "counted": the completions that the accuracy
+    rule counts, among the right completions; the rule wants the tag. A completion is right to the
+    share of its problem's keys that it gives. A problem without keys counts for "share" alone.
     """
     found = []
     for group, own_keys in zip(answers, keys):
