@@ -720,7 +720,7 @@ def test_the_gpu_preset_runs_on_a_cpu(tmp_path, capsys):
 TINY = [
     "--preset=tiny",
     "--max_level=2",
-    "--pretrain_steps=1500",
+    "--pretrain_steps=2000",
     "--pretrain_tokens=512",
     "--steps=50",
 ]
