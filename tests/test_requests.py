@@ -115,6 +115,7 @@ BEST = " glad to help! 7 is odd. it is 3 plus 4. it comes after 6. bye for now!"
         (SEVEN, BEST[:-1], 4 - 0.5 - 1),  # cut before its end
         (SEVEN, " it comes before 8. it is half of 14. it is small.", 3.0),
         (SEVEN, " bye for now! it is small. sure! wow!", 1.0),  # manners in the wrong places
+        (SEVEN, " it is big. it is big. who cares?", -1 - 0.7 - 1.5),
         (SEVEN, " 7 은 홀수야. 6 다음이야. 작은 수야.", 3 - 3),  # true, in the wrong language
         (IN_KOREAN, " 7 은 홀수야. 6 다음이야. 작은 수야.", 3.0),
         (IN_KOREAN, BEST, 4 - 3),
