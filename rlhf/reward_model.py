@@ -102,10 +102,13 @@ def all_scores(model: ScalarModel, rows: list[Row]) -> Tensor:
 def fit(
     config: Config, run: Run, stage: str, model: ScalarModel, pairs: list[Pair], samples: list[Row]
 ) -> None:
-    """Learn from each pair once. Changes the model in place. At the end its scores are made to have
-    mean 0 and deviation 1 on `samples`, so that a point is worth as much whatever was learned."""
+    """Learn from each pair once, but for the last few, which fill no step. Changes the model in
+    place. At the end its scores are made to have mean 0 and deviation 1 on `samples`, so that a
+    point is worth as much whatever was learned. Raises ValueError for pairs that fill no step."""
     optimizer, size = train.make_optimizer(model), config.reward_batch
     steps = len(pairs) // size
+    if not steps:
+        raise ValueError(f"{len(pairs)} pairs fill no step of {size}: more --pairs would")
     for step in run.steps(stage, steps, model, optimizer=optimizer):
         part = pairs[step * size : (step + 1) * size]
         found = scores(model, [p.chosen for p in part] + [p.rejected for p in part])

@@ -135,6 +135,13 @@ def test_a_reward_model_learns_whom_people_prefer():
     assert (leads > 0.5).all()
 
 
+def test_too_few_pairs_are_refused():
+    """A reward model that learned nothing would say 0 to everything."""
+    model = scalar_model(small_model(task="world"))
+    with pytest.raises(ValueError, match="24 pairs fill no step of 25: more --pairs would"):
+        fit(small_config(reward_batch=25), Unsaved(), "reward", model, PAIRS, ROWS)
+
+
 def test_to_standardise_changes_no_order():
     """Numbers that are all the same have no scale: they are refused."""
     model = scalar_model(small_model(task="world"))
