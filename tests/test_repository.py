@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "kit": LOWER | {"sample", "kit"},
     "train": LOWER | {"sample", "kit"},
     "rlhf": LOWER | {"sample", "kit", "train", "rlhf"},
+    "rlhf": LOWER | {"sample", "kit", "train", "rlhf"},
 }
 PACKAGES = {"torch", "tiktoken", "numpy", "tqdm"}
 
