@@ -31,7 +31,6 @@ MAY_IMPORT = {
     "kit": LOWER | {"sample", "kit"},
     "train": LOWER | {"sample", "kit"},
     "rlhf": LOWER | {"sample", "kit", "train", "rlhf"},
-    "rlhf": LOWER | {"sample", "kit", "train", "rlhf"},
 }
 PACKAGES = {"torch", "tiktoken", "numpy", "tqdm"}
 

@@ -35,6 +35,7 @@ from sample import load_policy, tokenizer_of
 PROBLEMS, SAMPLES = 128, 4  # held-out problems of each level, completions of each
 FAILURES = (0, 1, 2, 3, 5, 7, 9)  # misses before a planted try
 PLANTED = 3  # level of planted tries: four numbers
+FORCED = "base that may not give up"
 KEPT = ("step", "accuracy", "completion_tokens", "held_out_accuracy", "tries")  # of the log
 ROWS = {
     "pass@1": "right",
@@ -48,6 +49,7 @@ ROWS = {
     "repeats": "tries that repeat one",
     "uniform repeats": "the same, of uniform tries",
 }
+SHARES = set(ROWS) - {"tries", "most tries", "tokens", "lift"}
 
 
 class MayNotGiveUp:
@@ -187,7 +189,7 @@ def examine_run(folder: Path, problems: int, samples: int) -> dict:
         raise ValueError(f"{folder} is of {config.task}: only thoughts of signs are read")
     set_up(config)
     base, r1_zero = (load_policy(folder / f"{x}.pt") for x in ("base", "r1_zero"))
-    models = {"base": base, "base that may not give up": MayNotGiveUp(base), "R1-Zero": r1_zero}
+    models = {"base": base, FORCED: MayNotGiveUp(base), "R1-Zero": r1_zero}
     how = {"limit": config.max_new_tokens, "seed": config.seed}
     levels = [level for level in config.levels if level > 1]
     result = {
@@ -216,6 +218,12 @@ def published(runs: list[Path]) -> dict:
     }
 
 
+def spread(values: list[float]) -> str:
+    """The mean of numbers that are no shares and, if there are several, their range."""
+    ends = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.2f}{ends}"
+
+
 def table(results: dict) -> str:
     """A row for each measure and each count of numbers, a column for each model."""
     seeds = [each["search"] for each in results["seeds"]]
@@ -224,7 +232,12 @@ def table(results: dict) -> str:
     for name, shown in ROWS.items():
         for level in seeds[0][models[0]]:
             values = ([seed[model][level][name] for seed in seeds] for model in models)
-            rows.append([f"{shown}, {int(level) + 1} numbers", *map(cell, values)])
+            cells = map(cell if name in SHARES else spread, values)
+            rows.append([f"{shown}, {int(level) + 1} numbers", *cells])
+    for level in seeds[0][models[0]]:
+        gains = [seed["R1-Zero"][level]["pass@1"] - seed[FORCED][level]["pass@1"] for seed in seeds]
+        row = f"margin over it, in points, {int(level) + 1} numbers"
+        rows.append([row, "", "", spread([100 * gain for gain in gains])])
     for failures in ("0", "9"):
         for kind in ("hit", "miss", "miss by one"):
             planted = (
