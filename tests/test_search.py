@@ -4,6 +4,7 @@ import json
 import random
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +12,9 @@ from data import TASKS, get_tokenizer
 from data.problem import sample_problems
 from data.signs import candidates, line, parts_of, tries_of
 from experiments.study import search
-from experiments.study.collect import RESULTS
+from experiments.study.collect import RESULTS, at
 from kit.evaluate import answer_problems
+from kit.run import ROOT
 from tests.small import small_model
 
 SIGNS = TASKS["signs"]
@@ -137,3 +139,37 @@ def test_every_base_model_of_the_study_can_check():
         verdicts = each["search"]["planted"]["base"]["0"]
         assert verdicts["hit"] >= 0.99
         assert verdicts["miss"] <= 0.01 and verdicts["miss by one"] <= 0.01
+
+
+@pytest.mark.docs
+def test_the_readmes_sentences_are_of_the_results():
+    """The numbers of "What we found" are means over the seeds of search.json and cpu.json."""
+    seeds = [each["search"] for each in json.loads((RESULTS / "search.json").read_text())["seeds"]]
+    runs = json.loads((RESULTS / "cpu.json").read_text())["runs"]
+
+    def of(model, level, name):
+        return 100 * np.mean([seed[model][level][name] for seed in seeds])
+
+    def ends(*keys):
+        return [np.mean([at(*keys)(run[model]) for run in runs]) for model in ("base", "r1_zero")]
+
+    forced, trained = (
+        [of(model, level, "pass@1") for level in "234"] for model in (search.FORCED, "R1-Zero")
+    )
+    tokens, tries = ends("completion_tokens"), ends("thinking", "tries")
+    most = max(seed["R1-Zero"][level]["most tries"] for seed in seeds for level in "234")
+    hit = 100 * np.mean([seed["planted"]["R1-Zero"]["0"]["hit"] for seed in seeds])
+    form = [of(model, x, "format") for model in ("R1-Zero", search.FORCED) for x in "34"]
+    sloppy = [of(model, "3", "totals right") for model in ("base", "R1-Zero")]
+    told = " ".join((ROOT / "README.md").read_text().split())
+    for sentence in (
+        f"{tokens[0]:.0f} -> {tokens[1]:.0f} tokens, {tries[0]:.1f} -> {tries[1]:.1f} tries, "
+        f"up to {most} tries",
+        f'says "yes" with {hit:.1f} %',
+        "right on {:.1f}, {:.1f} and {:.1f} % of".format(*forced),
+        "R1-Zero on {:.1f}, {:.1f} and {:.1f} %".format(*trained),
+        "({:.0f} and {:.0f} % in the format at 4 and 5 numbers, where the other is cut to "
+        "{:.0f} and {:.0f} %)".format(*form),
+        "{:.1f} % are worked out right before GRPO, {:.1f} % after".format(*sloppy),
+    ):
+        assert sentence in told, sentence
