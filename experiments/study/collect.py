@@ -86,9 +86,17 @@ TABLES = {
         },
     ),
     "language": Table(
-        "python train.py --task chains-en-ko --min_level 2 --max_level 4 --eval_problems 200 "
-        "--seed SEED --init BASE",
-        Config(task="chains-en-ko", min_level=2, max_level=4, eval_problems=200),
+        "python train.py --task chains-en-ko --min_level 2 --max_level 4 --steps 80 --prompts 64 "
+        "--eval_problems 200 --eval_samples 16 --seed SEED --init BASE",
+        Config(
+            task="chains-en-ko",
+            min_level=2,
+            max_level=4,
+            steps=80,
+            prompts=64,
+            eval_problems=200,
+            eval_samples=16,
+        ),
         ("rewards", "init"),
         {
             "base model": at("base"),

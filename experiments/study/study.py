@@ -54,7 +54,8 @@ PLANS = {
     "cpu": Plan(
         flags="--preset cpu --task chains",
         seeds=3,
-        languages="--task chains-en-ko --min_level 2 --max_level 4",
+        languages="--task chains-en-ko --min_level 2 --max_level 4 --steps 80 --prompts 64 "
+        "--eval_samples 16",
         longer=11000,
         rounds=80,
         lanes=min(8, os.cpu_count() or 1),
