@@ -15,7 +15,7 @@ from experiments.study import search
 from experiments.study.collect import RESULTS, at
 from kit.evaluate import answer_problems
 from kit.run import ROOT
-from tests.small import small_model
+from tests.small import PROSE, small_model
 
 SIGNS = TASKS["signs"]
 MAKE_7 = SIGNS.ask((4, 3, 6), 7)  # one of six candidates hits
@@ -123,11 +123,13 @@ def test_the_table_has_a_row_for_each_measure_and_level():
     planted = {n: {"hit": 1.0, "miss": 0.0, "miss by one": 0.0} for n in ("0", "9")}
     models = ("base", "base that may not give up", "R1-Zero")
     one = {name: {"2": found, "3": found} for name in models}
+    one[search.FORCED] = {"2": found, "3": found | {"pass@1": 0.25}}
     one["planted"] = {"base": planted, "R1-Zero": planted}
     results = {"command": "c", "hardware": "h", "torch": "t", "seeds": [{"seed": 3, "search": one}]}
     lines = search.table(results).splitlines()
-    assert len([line for line in lines if "numbers |" in line]) == 2 * len(search.ROWS)
-    assert "| right, 3 numbers | 50.0 % | 50.0 % | 50.0 % |" in lines
+    assert len([line for line in lines if "numbers |" in line]) == 2 * (len(search.ROWS) + 1)
+    assert "| right, 4 numbers | 50.0 % | 25.0 % | 50.0 % |" in lines
+    assert "| margin over it, in points, 4 numbers |  |  | 25.00 |" in lines
     assert '| P("yes") after 9 misses and a planted hit | 100.0 % | - | 100.0 % |' in lines
 
 
@@ -139,6 +141,13 @@ def test_every_base_model_of_the_study_can_check():
         verdicts = each["search"]["planted"]["base"]["0"]
         assert verdicts["hit"] >= 0.99
         assert verdicts["miss"] <= 0.01 and verdicts["miss by one"] <= 0.01
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("name", search.PUBLISHED)
+def test_the_tables_of_the_search_are_of_the_results(name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    assert len(results["seeds"]) >= 3 and search.table(results) in PROSE
 
 
 @pytest.mark.docs

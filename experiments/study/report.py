@@ -18,9 +18,9 @@ from pathlib import Path
 from experiments.study.collect import RESULTS, at, grid, made_on, write_into_page
 from experiments.study.measure import OPENED
 from experiments.watch.diagnose import ends
-from train import Config
 
 BASE, R1 = "base", "r1_zero"
+WHOLE, SAMPLES = 500, 16  # held-out problems of an evaluation, and completions of each
 FEWER = 200  # held-out problems of an evaluation, for runs of which the study has many
 Seed = dict  # all results of one seed, from study.phenomena_of
 Number = Callable[[Seed], float | None]  # None if there is nothing to count
@@ -115,7 +115,7 @@ def share_of(value: float, n: float) -> Share:
 def evaluated(run: str) -> int:
     """The number of completions in the evaluation of a run, as study.py plans it."""
     whole = run in ("main", "rejection sampling", "online rejection sampling")
-    return (Config.eval_problems if whole else FEWER) * Config.eval_samples
+    return (WHOLE if whole else FEWER) * SAMPLES
 
 
 def completions(seed: Seed) -> int:

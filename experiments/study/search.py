@@ -2,7 +2,7 @@
 its base model, as it is and where it may not give up.
 
     python -m experiments.study.search RUN                # RUN/search.json
-    python -m experiments.study.search RUN RUN RUN --publish   # the table and the picture of a page
+    python -m experiments.study.search RUN RUN RUN --publish search   # a table and its JSON
 
 A base model "may not give up" where a line break is forced after <think> and after each "no", up to
 the same limit of tokens. What GRPO adds to mere going on is the margin over it.
@@ -12,6 +12,7 @@ import json
 import random
 import sys
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,10 +32,12 @@ from kit.run import set_up
 from model import KVCache, Transformer, write_whole
 from rewards import format_reward
 from sample import load_policy, tokenizer_of
+from train import Config
 
 PROBLEMS, SAMPLES = 128, 4  # held-out problems of each level, completions of each
 FAILURES = (0, 1, 2, 3, 5, 7, 9)  # misses before a planted try
 PLANTED = 3  # level of planted tries: four numbers
+PUBLISHED = ("search", "search_100")  # the main job, and the same with 100 steps of GRPO
 FORCED = "base that may not give up"
 KEPT = ("step", "accuracy", "completion_tokens", "held_out_accuracy", "tries")  # of the log
 ROWS = {
@@ -210,8 +213,16 @@ def published(runs: list[Path]) -> dict:
         result = json.loads((folder / "result.json").read_text())
         search = json.loads((folder / "search.json").read_text())
         seeds.append({"seed": result["seed"], "log": log, "search": search})
+    settings = json.loads((runs[0] / "config.json").read_text())
+    plain = asdict(Config().filled())
+    own = ("seed", "out", "init", "eval_every")  # of each run, and of no account here
+    changed = [
+        f" --{name} {settings[name]}"
+        for name, x in plain.items()
+        if settings[name] != x and name not in own
+    ]
     return {
-        "command": "python train.py --seed SEED",
+        "command": f"python train.py --seed SEED{''.join(changed)}",
         "hardware": processor(),
         "torch": version("torch"),
         "seeds": sorted(seeds, key=lambda each: each["seed"]),
@@ -258,10 +269,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run", nargs="+", type=Path, help="folder of a run that has ended")
     for name, count in (("--problems", PROBLEMS), ("--samples", SAMPLES)):
         parser.add_argument(name, type=int, default=count, help=f"[{count}]")
-    text = (
-        "write experiments/results/search.json and its page; runs that have a search.json keep it"
-    )
-    parser.add_argument("--publish", action="store_true", help=text)
+    text = "write experiments/results/NAME.json and its table; runs that have a search.json keep it"
+    parser.add_argument("--publish", choices=PUBLISHED, help=text)
     flags = parser.parse_args(arguments)
     for folder in flags.run:
         path = folder / "search.json"
@@ -275,8 +284,8 @@ def main(arguments: list[str]) -> None:
         print(summary(result), f"-> {path}", sep="\n")
     if flags.publish:
         results = published(flags.run)
-        (RESULTS / "search.json").write_text(json.dumps(results, indent=1) + "\n")
-        write_into_page("search: made by experiments/study/search.py", table(results))
+        (RESULTS / f"{flags.publish}.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_into_page(f"{flags.publish}: made by experiments/study/search.py", table(results))
         print(table(results))
 
 

@@ -50,17 +50,17 @@ class Plan:
     lanes: int  # jobs at a time
 
 
+WHOLE = f"--eval_problems {report.WHOLE} --eval_samples {report.SAMPLES}"
 PLANS = {
     "cpu": Plan(
-        flags="--preset cpu --task chains",
+        flags=f"--preset cpu --task chains --pretrain_steps 5000 --steps 80 --prompts 64 {WHOLE}",
         seeds=3,
-        languages="--task chains-en-ko --min_level 2 --max_level 4 --steps 80 --prompts 64 "
-        "--eval_samples 16",
-        longer=11000,
+        languages="--task chains-en-ko --min_level 2 --max_level 4 --pretrain_steps 8000",
+        longer=8000,
         rounds=80,
         lanes=min(8, os.cpu_count() or 1),
     ),
-    "gpu": Plan("--preset gpu", seeds=5, languages="", longer=13600, rounds=150, lanes=5),
+    "gpu": Plan(f"--preset gpu {WHOLE}", seeds=5, languages="", longer=13600, rounds=150, lanes=5),
 }
 FEWER = f"--eval_problems {report.FEWER}"  # for runs of which there are many
 LEVER_SEEDS = 3
@@ -397,7 +397,6 @@ def main(arguments: list[str]) -> None:
     report.main(results)
     pictures.draw_results(results)
     if preset == "cpu":
-        collect.main(["chains", *(str(seed / "main") for seed in seeds)])
         names = ("language", "language_reward")
         collect.main(["language", *(str(seed / name) for seed in seeds for name in names)])
 
