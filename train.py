@@ -3,7 +3,7 @@ rule-based rewards alone.
 
     python train.py                          # the whole job: base model, GRPO, evaluation of both
     python train.py --task chains            # another task: 7 + 8 - 3
-    python train.py --preset tiny            # the same on shorter chains, in about a minute
+    python train.py --preset tiny            # a small job on short chains, in about a minute
     python train.py --init out/RUN/base.pt   # GRPO from a base model that is there already
     python train.py --resume out/RUN         # go on with a run that was stopped
     python train.py --help                   # every knob
@@ -102,7 +102,7 @@ class Config:
     beta: float = 0.0  # weight of the KL to the reference; 0: no reference at all
     kl: str = "k3"  # what beta weighs, row of grpo.KL_ESTIMATORS; k3 is as published
     reference_every: int = 0  # steps until the policy becomes the reference (R1: 400); 0: never
-    rewards: str = "accuracy=1,format=1"  # rules of rewards.py and their weights; also language
+    rewards: str = "accuracy=1,format=1"  # rows of rewards.RULES and their weights
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     # evaluation
     eval_every: int = 10  # steps between two looks at held-out problems
