@@ -111,7 +111,7 @@ class Signs:
         Raises ValueError, in one line that says what is wrong, for any other text.
         """
         hint, number = f'write a problem such as "{self.example}"', "[0-9]{1,4}"
-        words = " ".join(text.lower().replace(",", " ").split())
+        words = " ".join(text.lower().replace(",", " ").split()).rstrip("?. ")
         numbers = f"(?P<numbers>{number}(?: {number})*)"
         for form in (
             f"make (?P<target>{number}) from {numbers}",
@@ -164,8 +164,8 @@ class Signs:
 
     def longest(self, level: int) -> Document:
         """A document with as many tokens as a document about a problem of this level can have."""
-        tried = " - ".join(["9"] * (level + 1))
-        problem = self.ask((9,) * (level + 1), MAX_TOTAL)
+        tried = " + ".join(["1"] * (level + 1))  # below 0 a total would take two tokens
+        problem = self.ask((1,) * (level + 1), MAX_TOTAL)
         return written(problem, line(MAX_TOTAL, tried) * self.most_tries, tried, "search")
 
     # ----------------------------------------------------------------------------- measures

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from data import TASKS, get_tokenizer
 from data.problem import sample_problems
 from data.signs import candidates, line, parts_of, tries_of
@@ -141,6 +142,24 @@ def test_every_base_model_of_the_study_can_check():
         verdicts = each["search"]["planted"]["base"]["0"]
         assert verdicts["hit"] >= 0.99
         assert verdicts["miss"] <= 0.01 and verdicts["miss by one"] <= 0.01
+
+
+def test_a_run_is_examined_with_its_own_limit(monkeypatch, tmp_path):
+    """Its base, the same where it may not give up, and R1-Zero: each up to the run's limit."""
+    config, model = train.Config(max_new_tokens=77).filled(), small_model(task="signs")
+    monkeypatch.setattr(search, "finished_run", lambda folder: config)
+    monkeypatch.setattr(search, "load_policy", lambda path: model)
+    monkeypatch.setattr(search, "verdicts", lambda *args: {})
+
+    def examine(model, levels, *counts, limit, seed):
+        return type(model).__name__, levels, counts, limit
+
+    monkeypatch.setattr(search, "examine", examine)
+    found = search.examine_run(tmp_path, 6, 2)
+    kinds = {name: found[name][0] for name in found if name != "planted"}
+    forced = {search.FORCED: "MayNotGiveUp"}
+    assert kinds == {"base": "Transformer", **forced, "R1-Zero": "Transformer"}
+    assert {found[name][1:] == ([2, 3, 4], (6, 2), 77) for name in kinds} == {True}
 
 
 @pytest.mark.docs

@@ -161,7 +161,7 @@ def test_a_person_may_type_it_in_two_ways():
     problem = SIGNS.parse("make 7 from 4 3 6")
     assert problem.prompt == "User: make 7 from 4 3 6\nAssistant:" and problem.answer == "4 - 3 + 6"
     assert (problem.level, problem.language, problem.task) == (2, "en", "signs")
-    for text in ("4 3 6 make 7", "  Make 07  from 4, 3, 6 ", "4,3,6 make 7"):
+    for text in ("4 3 6 make 7", "  Make 07  from 4, 3, 6 ", "4,3,6 make 7?"):
         assert SIGNS.parse(text) == problem
     assert SIGNS.parse(SIGNS.example) == problem
     rng = random.Random(0)

@@ -490,6 +490,21 @@ def test_rewards_and_rollouts_of_another_shape_are_refused():
         run_grpo(SMALL, by_length, sample=fewer)
 
 
+def test_imitation_reads_the_positions_of_a_batch():
+    """The same tokens at other positions give other gradients, and so other weights."""
+    tokens = torch.randint(300, 340, (3, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+
+    def learned(positions):
+        model = small_model()
+        train.imitate(SMALL, Unsaved(), "base", model, lambda _: (tokens, mask, positions), 1, 1e-2)
+        return model.embedding.weight
+
+    usual, jumps = torch.arange(8).expand(3, 8), torch.arange(8).expand(3, 8) * 5
+    torch.testing.assert_close(learned(usual), learned(None))
+    assert (learned(jumps) - learned(None)).abs().max() > 1e-3
+
+
 def test_the_rates_rise_stay_and_fall_as_they_should():
     """Of GRPO over 5 steps and in the last 40 %; of imitation over a tenth of the steps."""
     _, records = run_grpo(replace(SMALL, steps=20, lr=1e-3, prompts=2, group_size=2, eval_every=99))
