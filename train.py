@@ -109,6 +109,7 @@ class Config:
     eval_problems: int = 150  # held-out problems of the evaluation before and after
     eval_samples: int = 8  # completions of each
 
+    method: ClassVar = ""  # in the name of the default folder, where it is not the variant
     # fmt: off
     CHOICES: ClassVar = {
         "preset": ["gpu", "cpu", "tiny"], "task": TASKS, "dtype": ["float32", "bfloat16"],
@@ -175,10 +176,10 @@ class Config:
 
     def filled(self) -> "Config":
         """The same with the defaults that depend on other settings."""
-        task = TASKS[self.task]
+        task, by = TASKS[self.task], self.method or self.variant
         return replace(
             self,
-            out=self.out or f"out/{self.task}-{self.preset}-{self.variant}-seed{self.seed}",
+            out=self.out or f"out/{self.task}-{self.preset}-{by}-seed{self.seed}",
             min_level=self.levels[0],
             max_level=self.levels[-1],
             max_seq_len=self.max_seq_len or task.max_seq_len,
@@ -414,6 +415,27 @@ def add_gradient(
     return metrics.totals(parts)
 
 
+def update(
+    config: Config,
+    run: Run,
+    policy: Transformer,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    rollout: Rollout,
+    inputs: dict[str, Tensor],
+    teaches: np.ndarray,
+) -> dict[str, float]:
+    """The optimizer steps of one rollout (lines 10 and 11). Returns their metrics for the log."""
+    updates = []
+    for rows in minibatches(config, run.step, len(teaches)):
+        sums = add_gradient(config, policy, rollout, inputs, rows, teaches)
+        norm = optimizer_step(policy, optimizer, lr, config.max_grad_norm)
+        sums |= {"grad_norm": norm.item(), "weight_norm": weight_norm(policy)}
+        check_finite(run.stage, run.step, sums)
+        updates.append(sums)
+    return metrics.update_metrics(updates) | {"lr": lr}
+
+
 def grpo(
     config: Config,
     run: Run,
@@ -444,18 +466,13 @@ def grpo(
         sampled = time.perf_counter()
 
         lr = learning_rate(config.lr, step, config.steps, warmup=5, decay_from=0.6)
-        updates = []
-        for rows in minibatches(config, step, len(advantages)):  # line 10
-            sums = add_gradient(config, policy, rollout, inputs, rows, teaches)
-            norm = optimizer_step(policy, optimizer, lr, config.max_grad_norm)  # line 11
-            sums |= {"grad_norm": norm.item(), "weight_norm": weight_norm(policy)}
-            check_finite(stage, step, sums)
-            updates.append(sums)
+        # Lines 10 and 11.
+        updates = update(config, run, policy, optimizer, lr, rollout, inputs, teaches)
         if reference and config.reference_every and (step + 1) % config.reference_every == 0:
             reference.load_state_dict(policy.state_dict())
 
         record = metrics.rollout_metrics(problems, rollout, rewards)
-        record |= metrics.update_metrics(updates) | {"lr": lr, "sample_seconds": sampled - started}
+        record |= updates | {"sample_seconds": sampled - started}
         record["update_seconds"] = time.perf_counter() - sampled
         due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
         if due:

@@ -283,7 +283,7 @@ def tries_of(problem: Problem, completion: str) -> list[Try]:
     lines, tries = thought.split("\n")[1:], []
     if lines and not closed and not lines[-1].endswith((" yes", " no")):
         lines.pop()
-    (numbers, target), task = parts_of(problem), Signs()
+    numbers, target = parts_of(problem)
     for text in lines:
         found = LINE.fullmatch(text)
         if not found:
@@ -306,7 +306,7 @@ def tries_of(problem: Problem, completion: str) -> list[Try]:
                     for total, sign, operand, result in zip(before, signs, operands, totals)
                 ),
                 truthful=(verdict == "yes") == (int(totals[-1]) == target),
-                hits=task.is_right(problem, expression),
+                hits=problem.is_right(expression),
                 repeated=expression in {each.expression for each in tries},
             )
         )

@@ -27,9 +27,3 @@ def check_memory(config, model_config: ModelConfig) -> None:
         except RuntimeError:
             reason = f"take {size / 1e9:.0f} GB, which {config.device} has not"
             raise ValueError(f"{what} {reason}: {advice}") from None
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory is short. For a CPU, torch has no type of error for it."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "allocate memory" in str(error) or "not enough memory" in str(error)

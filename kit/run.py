@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kit.flags import refuse
-from kit.memory import out_of_memory
 from model import (
     check_weights,
     load_tensors,
@@ -503,6 +502,12 @@ def set_up(config) -> None:
         raise ValueError(f"--device {config.device} {reason}; --device cpu can") from None
     if config.dtype == "bfloat16" and not config.in_bfloat16:
         print(f"{config.device} has no fast bfloat16: matrix products will be in float32")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is short. For a CPU, torch has no type of error for it."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 @contextlib.contextmanager

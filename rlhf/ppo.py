@@ -31,7 +31,7 @@ import train
 from grpo import VARIANTS
 from kit import flags, metrics
 from kit.evaluate import table
-from kit.metrics import Rewards, check_finite, weight_norm
+from kit.metrics import Rewards, check_finite
 from kit.run import Run, open_run
 from model import ScalarModel, Transformer
 from rewards import rule_weights
@@ -198,6 +198,7 @@ class Config(train.Config):
     value_clip: float = 0.2  # how far a value moves at once, in units of the reward; inf: no clip
     value_warmup: int = 5  # rollouts at first from which the value model alone learns
 
+    method: ClassVar = "ppo"
     CHOICES: ClassVar = train.Config.CHOICES | {
         "variant": [name for name, row in VARIANTS.items() if row.clip_low is not None]
     }
@@ -211,10 +212,6 @@ class Config(train.Config):
         if self.kl != "k3" or self.reference_every:
             reason = "--kl and --reference_every are GRPO's"
             raise ValueError(f"{reason}: PPO pays --beta log(pi / base) in its reward")
-
-    def filled(self) -> "Config":
-        out = self.out or f"out/{self.task}-{self.preset}-ppo-seed{self.seed}"
-        return replace(super().filled(), out=out)
 
 
 @torch.no_grad()
@@ -316,14 +313,8 @@ def ppo(
 
         if (done := step - config.value_warmup) >= 0:  # else the values still mislead
             lr = train.learning_rate(config.lr, done, config.steps - config.value_warmup, **RATES)
-            updates = []
-            for rows in train.minibatches(config, step, len(values)):
-                sums = train.add_gradient(objective, policy, rollout, inputs, rows, teaches)
-                norm = optimizer_step(policy, optimizer, lr, config.max_grad_norm)
-                sums |= {"grad_norm": norm.item(), "weight_norm": weight_norm(policy)}
-                check_finite(stage, step, sums)
-                updates.append(sums)
-            record |= metrics.update_metrics(updates) | {"lr": lr}
+            how = (lr, rollout, inputs, teaches)
+            record |= train.update(objective, run, policy, optimizer, *how)
 
         record["sample_seconds"] = sampled - started
         record["update_seconds"] = time.perf_counter() - sampled

@@ -10,7 +10,7 @@ what PPO and GRPO go on with: see `judge`.
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -67,6 +67,7 @@ class Config(train.Config):
     reward_batch: int = 32  # pairs in an optimizer step of the reward model
     reward_lr: float = 1e-3  # its peak learning rate
 
+    method: ClassVar = "reward_model"
     RANGES: ClassVar = train.Config.RANGES | {
         **dict.fromkeys(("sft_lr", "reward_lr", "noise"), (1e-12, 1e30)),
         "curated": (2, 2**31 - 1),
@@ -76,10 +77,6 @@ class Config(train.Config):
         super().__post_init__()
         if self.task != "world":
             raise ValueError(f"--task {self.task} has no requests: leave it out")
-
-    def filled(self) -> "Config":
-        out = self.out or f"out/{self.task}-{self.preset}-reward_model-seed{self.seed}"
-        return replace(super().filled(), out=out)
 
 
 PRESETS = {name: knobs | {"task": "world"} for name, knobs in train.PRESETS.items()}

@@ -26,7 +26,7 @@ from data.signs import MAX_TOTAL, Signs, candidates, line, parts_of, tries_of
 from experiments.study.collect import RESULTS, cell, grid, made_on, processor, write_into_page
 from experiments.study.measure import finished_run
 from experiments.watch.plot import read_log
-from kit.evaluate import Answers, answer_problems, grade, held_out_problems
+from kit.evaluate import Answers, answer_problems, grade, held_out_problems, mean
 from kit.flags import command_line
 from kit.run import set_up
 from model import KVCache, Transformer, write_whole
@@ -103,21 +103,15 @@ def describe(problems: list[Problem], answers: Answers) -> dict:
         "tokens": np.mean([tokens for group in answers for _, tokens in group]),
         "tries": np.mean([len(found) for *_, found in rows]),
         "most tries": max(len(found) for *_, found in rows),
-        "numbers and target copied": mean(each.copied for each in tries),
-        "totals right": mean(each.computed for each in tries),
-        "verdicts true": mean(each.truthful for each in judged),
+        "numbers and target copied": mean([each.copied for each in tries]),
+        "totals right": mean([each.computed for each in tries]),
+        "verdicts true": mean([each.truthful for each in judged]),
         "lift": sum(each.hits for each in tries) / chance if chance else None,
-        "repeats": mean(each.repeated for each in tries),
+        "repeats": mean([each.repeated for each in tries]),
         "uniform repeats": uniform / len(tries) if tries else None,
         "ends": {how: count / len(rows) for how, count in sorted(ends.items())},
         "goes on": goes_on([(text, found) for _, text, found in rows]),
     }
-
-
-def mean(values) -> float | None:
-    """None where there is nothing to tell."""
-    values = list(values)
-    return float(np.mean(values)) if values else None
 
 
 def how_it_ends(text: str, tries: list) -> str:
