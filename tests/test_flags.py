@@ -13,6 +13,7 @@ import sample
 import train
 from kit import flags
 from model import ModelConfig, Transformer, save_model
+from rewards import RULES
 from tests.small import SHAPE, small_model
 from train import Config
 
@@ -147,7 +148,7 @@ ONE_UPDATE = "makes one update a rollout: add --minibatches 1 --inner_epochs 1"
             "--rewards accuracy=0,format=0",
             "--rewards accuracy=0,format=0 must be rules with weights",
         ),
-        ("--rewards beauty=1", "each of accuracy, format, language"),
+        ("--rewards beauty=1", f"each of {', '.join(RULES)}, not all 0"),
         ("--rewards accuracy=inf", "must be rules with weights"),
         ("--rewards accuracy", "must be rules with weights"),
         ("--rewards accuracy=1e39", "must be rules with weights"),
