@@ -3,6 +3,7 @@
 import json
 import random
 from collections import defaultdict
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -121,6 +122,7 @@ def test_its_numbers_are_plain_as_json_needs():
 def test_the_table_has_a_row_for_each_measure_and_level():
     """A number of one seed stands alone, numbers of several with their range."""
     found = {name: 0.5 for name in search.ROWS}
+    found |= {"ends": {"yes": 0.75, "limit": 0.25}, "goes on": {"1": [0.9, 20], "2": [0.8, 19]}}
     planted = {n: {"hit": 1.0, "miss": 0.0, "miss by one": 0.0} for n in ("0", "9")}
     models = ("base", "base that may not give up", "R1-Zero")
     one = {name: {"2": found, "3": found} for name in models}
@@ -128,10 +130,47 @@ def test_the_table_has_a_row_for_each_measure_and_level():
     one["planted"] = {"base": planted, "R1-Zero": planted}
     results = {"command": "c", "hardware": "h", "torch": "t", "seeds": [{"seed": 3, "search": one}]}
     lines = search.table(results).splitlines()
-    assert len([line for line in lines if "numbers |" in line]) == 2 * (len(search.ROWS) + 1)
+    counts = len(search.ROWS), len(search.ENDS), len(search.NOES)
+    assert len([line for line in lines if "numbers |" in line]) == 2 * (sum(counts) + 1)
     assert "| right, 4 numbers | 50.0 % | 25.0 % | 50.0 % |" in lines
     assert "| margin over it, in points, 4 numbers |  |  | 25.00 |" in lines
+    assert "| ends by giving up, 3 numbers | 0.0 % | 0.0 % | 0.0 % |" in lines
+    assert "| ends by the limit of tokens, 3 numbers | 25.0 % | 25.0 % | 25.0 % |" in lines
+    for index, shown in ("1", "90.0 %"), ("2", "-"), ("3", "-"):  # "-": of fewer than 20
+        row = f'goes on after "no" number {index}, 3 numbers'
+        assert f"| {row} | {shown} | {shown} | {shown} |" in lines
     assert '| P("yes") after 9 misses and a planted hit | 100.0 % | - | 100.0 % |' in lines
+
+
+def finished(folder, **settings):
+    """The files of a run of these settings that `published` reads."""
+    config = asdict(train.Config(**settings).filled())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "log.jsonl").write_text('{"stage": "r1_zero", "step": 0, "tries": 1.0}\n')
+    (folder / "result.json").write_text(json.dumps({"seed": config["seed"]}))
+    (folder / "search.json").write_text("{}")
+    return folder
+
+
+def test_only_seeds_of_one_configuration_are_published(tmp_path):
+    """A run comes once, and each with the settings of the first; seeds have their own folders."""
+    one, two, again, longer = (
+        finished(tmp_path / name, out=name, init=f"{name}.pt", **settings)
+        for name, settings in {
+            "one": {"seed": 1, "steps": 7},
+            "two": {"seed": 2, "steps": 7},
+            "again": {"seed": 1, "steps": 7},
+            "longer": {"seed": 3, "steps": 8, "lr": 1e-3},
+        }.items()
+    )
+    found = search.published([one, two])
+    assert found["command"] == "python train.py --seed SEED --steps 7"
+    assert [each["seed"] for each in found["seeds"]] == [1, 2]
+    with pytest.raises(ValueError, match="a seed comes twice: give each run once"):
+        search.published([one, again])
+    with pytest.raises(ValueError, match=r"longer differs from .*one in steps, lr"):
+        search.published([one, longer])
 
 
 def test_every_base_model_of_the_study_can_check():

@@ -52,7 +52,9 @@ ROWS = {
     "repeats": "tries that repeat one",
     "uniform repeats": "the same, of uniform tries",
 }
-SHARES = set(ROWS) - {"tries", "most tries", "tokens", "lift"}
+NUMBERS = {"tries", "most tries", "tokens", "lift"}  # of these rows; all others are shares
+ENDS = {"yes": '"yes"', "gave up": "giving up", "limit": "the limit of tokens", "no try": "no try"}
+NOES = ("1", "2", "3", "6", "9")  # after which of a thought's "no" the table tells what comes next
 
 
 class MayNotGiveUp:
@@ -200,20 +202,25 @@ def examine_run(folder: Path, problems: int, samples: int) -> dict:
 
 
 def published(runs: list[Path]) -> dict:
-    """The searches of finished runs, by seed, each with the curves of its log."""
-    seeds = []
+    """The searches of finished runs, by seed, each with the curves of its log. Raises ValueError,
+    in one line, for a seed that comes twice and for runs of other settings."""
+    seeds, own = [], ("seed", "out", "init", "eval_every")  # of each run, and of no account here
+    settings = [json.loads((folder / "config.json").read_text()) for folder in runs]
+    if len({each["seed"] for each in settings}) < len(runs):
+        raise ValueError("a seed comes twice: give each run once")
+    for folder, each in zip(runs, settings):
+        if differing := [x for x in each if x not in own and each[x] != settings[0].get(x)]:
+            raise ValueError(f"{folder} differs from {runs[0]} in {', '.join(differing)}")
     for folder in runs:
         log = [{name: x for name, x in each.items() if name in KEPT} for each in read_log(folder)]
         result = json.loads((folder / "result.json").read_text())
         search = json.loads((folder / "search.json").read_text())
         seeds.append({"seed": result["seed"], "log": log, "search": search})
-    settings = json.loads((runs[0] / "config.json").read_text())
     plain = asdict(Config().filled())
-    own = ("seed", "out", "init", "eval_every")  # of each run, and of no account here
     changed = [
-        f" --{name} {settings[name]}"
+        f" --{name} {settings[0][name]}"
         for name, x in plain.items()
-        if settings[name] != x and name not in own
+        if settings[0][name] != x and name not in own
     ]
     return {
         "command": f"python train.py --seed SEED{''.join(changed)}",
@@ -221,6 +228,11 @@ def published(runs: list[Path]) -> dict:
         "torch": version("torch"),
         "seeds": sorted(seeds, key=lambda each: each["seed"]),
     }
+
+
+def share_of_noes(seeds: list[tuple[float, int]]) -> str:
+    """The share that goes on, over seeds; "-" where one of them met fewer than 20 such "no"."""
+    return cell([share for share, _ in seeds]) if all(n >= 20 for _, n in seeds) else "-"
 
 
 def spread(values: list[float]) -> str:
@@ -237,8 +249,21 @@ def table(results: dict) -> str:
     for name, shown in ROWS.items():
         for level in seeds[0][models[0]]:
             values = ([seed[model][level][name] for seed in seeds] for model in models)
-            cells = map(cell if name in SHARES else spread, values)
+            cells = map(spread if name in NUMBERS else cell, values)
             rows.append([f"{shown}, {int(level) + 1} numbers", *cells])
+    for level in seeds[0][models[0]]:
+        for how, shown in ENDS.items():
+            ends = (
+                [seed[model][level]["ends"].get(how, 0.0) for seed in seeds] for model in models
+            )
+            rows.append([f"ends by {shown}, {int(level) + 1} numbers", *map(cell, ends)])
+    for level in seeds[0][models[0]]:
+        for index in NOES:
+            went = [
+                [seed[m][level]["goes on"].get(index, [0, 0]) for seed in seeds] for m in models
+            ]
+            cells = [share_of_noes(each) for each in went]
+            rows.append([f'goes on after "no" number {index}, {int(level) + 1} numbers', *cells])
     for level in seeds[0][models[0]]:
         gains = [seed["R1-Zero"][level]["pass@1"] - seed[FORCED][level]["pass@1"] for seed in seeds]
         row = f"margin over it, in points, {int(level) + 1} numbers"
@@ -277,7 +302,10 @@ def main(arguments: list[str]) -> None:
         write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
         print(summary(result), f"-> {path}", sep="\n")
     if flags.publish:
-        results = published(flags.run)
+        try:
+            results = published(flags.run)
+        except ValueError as error:
+            parser.error(str(error))
         (RESULTS / f"{flags.publish}.json").write_text(json.dumps(results, indent=1) + "\n")
         write_into_page(f"{flags.publish}: made by experiments/study/search.py", table(results))
         print(table(results))
