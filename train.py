@@ -255,17 +255,24 @@ def imitate(
     """Next-token prediction on batch(0), batch(1), ... On the web in miniature this is pretraining,
     on chosen documents it is fine-tuning. Changes the model in place."""
     optimizer = make_optimizer(model, weight_decay=0.1)
-    recent = torch.zeros(2, LOG_EVERY, device=config.device)  # losses and norms not yet logged
+    words = "".join(f" {word}" for word in TASKS[config.task].verdicts)
+    verdicts = torch.tensor(tokenizer_of(model).encode(words), dtype=torch.long).to(config.device)
+    recent = torch.zeros(4, LOG_EVERY, device=config.device)  # numbers of steps not yet logged
     for step in run.steps(stage, steps, model, optimizer=optimizer, recent=recent):
         tokens, mask, positions = (x if x is None else x.to(config.device) for x in batch(step))
-        loss = -token_logps(model(tokens, positions=positions), tokens)[mask].mean()
+        logps = token_logps(model(tokens, positions=positions), tokens)
+        loss = -logps[mask].mean()
         loss.backward()
         rate = learning_rate(lr, step, steps, warmup=min(100, steps // 10 + 1), decay_from=0.3)
-        recent[0, step % LOG_EVERY] = loss.detach()
-        recent[1, step % LOG_EVERY] = optimizer_step(model, optimizer, rate, config.max_grad_norm)
+        norm = optimizer_step(model, optimizer, rate, config.max_grad_norm)
+        judged = mask & torch.isin(tokens, verdicts)
+        numbers = loss.detach(), norm, (logps.detach().exp() * judged).sum(), judged.sum()
+        recent[:, step % LOG_EVERY] = torch.stack([x.float() for x in numbers])
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            loss, grad_norm = recent[:, : step % LOG_EVERY + 1].mean(dim=1).tolist()
+            of_line = recent[:, : step % LOG_EVERY + 1]
+            loss, grad_norm, probs, count = of_line.mean(dim=1).tolist()
             record = {"loss": loss, "grad_norm": grad_norm, "weight_norm": weight_norm(model)}
+            record |= {"verdict_prob": probs / count} if count else {}
             check_finite(stage, step, record)
             run.show({"loss": loss})
             run.log(record | {"lr": rate})

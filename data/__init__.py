@@ -11,6 +11,7 @@ A task is a row of TASKS: a frozen dataclass whose fields are its settings, with
     max_seq_len, max_new_tokens                         tokens of a row, of a completion
     learned_positions                                   as in ModelConfig, for its models
     words                                               its vocabulary, beside numbers and tags
+    verdicts                                            those of them that judge a try, if any
     problem(rng, level, *, language, held_out) -> Problem
     document(rng, levels, room) -> Document             no longer than `longest` or `room`
     longest(level) -> Document                          as long as a document of this level can be

@@ -36,6 +36,7 @@ class World:
     apart: tuple[int, ...] = (1,)
     max_seq_len: int = 96
     max_new_tokens: int = 64
+    verdicts: tuple[str, ...] = ()
 
     @property
     def beyond(self) -> int:

@@ -48,6 +48,7 @@ class Sort:
     max_seq_len: ClassVar = 48
     max_new_tokens: ClassVar = 16
     learned_positions: ClassVar = True
+    verdicts: ClassVar = ()
 
     def problem(self, rng, level, *, language="en", held_out=False):
         while True:

@@ -505,6 +505,26 @@ def test_imitation_reads_the_positions_of_a_batch():
     assert (learned(jumps) - learned(None)).abs().max() > 1e-3
 
 
+def test_the_log_of_imitation_tells_how_well_verdicts_are_known():
+    """Their mean probability over the steps of a line; no number for a task without them."""
+    model, run = small_model(task="signs"), Unsaved()
+    encode = get_tokenizer("signs").encode
+    rows = [encode(f" 3 : 3{word} 3") for word in (" yes", " no", " :", " yes")]
+    batches = [torch.tensor(rows[:3]), torch.tensor(rows[2:3]), torch.tensor(rows[3:])]  # 2, 0, 1
+    with torch.no_grad():
+        probs = [token_logps(model(x), x)[:, 3].exp() for x in batches]
+    expected = torch.cat([probs[0][:2], probs[2]]).mean()
+    given = [(x, torch.ones_like(x, dtype=torch.bool), None) for x in batches]
+    config = replace(SMALL, task="signs")
+    train.imitate(config, run, "base", model, given.__getitem__, 3, 0.0)
+    (record,) = run.records
+    assert record["verdict_prob"] == pytest.approx(expected.item(), rel=1e-6)
+
+    web, run = document_batches("chains", range(1, 3), 0, 512, 96), Unsaved()
+    train.imitate(SMALL, run, "base", small_model(), web, 3, 0.0)
+    assert "verdict_prob" not in run.records[-1]
+
+
 def test_the_rates_rise_stay_and_fall_as_they_should():
     """Of GRPO over 5 steps and in the last 40 %; of imitation over a tenth of the steps."""
     _, records = run_grpo(replace(SMALL, steps=20, lr=1e-3, prompts=2, group_size=2, eval_every=99))
