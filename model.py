@@ -2,9 +2,8 @@
 
 RMSNorm before each sublayer, grouped-query attention, SwiGLU, no biases, embeddings tied to the
 output. No dropout: the policy that samples and the policy that is trained must be the same
-function. Positions enter twice. Learned vectors make "the third operand" easy to find, rotary
-angles make "two tokens before me" easy to find. A model may do without the learned vectors: it can
-then read on where no text of its training went.
+function. Positions enter as rotary angles alone, which tell distances. So a model can read on where
+no text of its training went.
 
 B rows; T token positions; S positions held in the cache; V vocabulary.
 """
@@ -28,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+LONGEST = 65536  # positions that a model may have
 ROTARY_BASE = 1000.0  # the slowest channels turn once in thousands of tokens: no context is longer
 
 
@@ -42,7 +42,6 @@ class ModelConfig:
     max_seq_len: int  # longest prompt plus completion, in tokens
     vocabulary: str = ""  # a name for the words that the ids stand for: `Tokenizer.fingerprint`
     task: str = ""  # the row of data.TASKS whose words these are
-    learned_positions: bool = True  # a vector for each position, beside the rotary angles
 
     @property
     def head_dim(self) -> int:
@@ -178,11 +177,11 @@ class Transformer(nn.Module):
         if config.d_model % (2 * config.n_head) or config.n_head % config.n_kv_head:
             rule = "d_model must be a multiple of 2 * n_head, and n_head of n_kv_head"
             raise ValueError(f"{rule}: {config}")
+        if not 0 < config.max_seq_len <= LONGEST:
+            raise ValueError(f"max_seq_len must be from 1 to {LONGEST}: {config}")
         self.config = config
         self.in_bfloat16 = False  # whether blocks multiply in it; weights and logits stay float32
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        if config.learned_positions:
-            self.position = nn.Embedding(config.max_seq_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model)
         frequency = ROTARY_BASE ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
@@ -196,16 +195,13 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int = 0, pieces: Sequence[bytes] | None = None) -> None:
         """Draw each weight by (seed, its name), and each row of the embedding by (seed, its token),
         given the bytes of each token. So a token more changes no other number."""
-        rows = {
-            "embedding.weight": pieces or range(self.config.vocab_size),
-            "position.weight": range(self.config.max_seq_len),
-        }
+        pieces = pieces or range(self.config.vocab_size)
         for name, weight in self.named_parameters():
             if weight.dim() == 1:  # the gains of the norms
                 weight.fill_(1.0)
-            elif name in rows:
-                for row, key in zip(weight, rows[name], strict=True):
-                    row.copy_(normal(row.shape, 0.02, seed, name, key))
+            elif name == "embedding.weight":
+                for row, piece in zip(weight, pieces, strict=True):
+                    row.copy_(normal(row.shape, 0.02, seed, name, piece))
             else:
                 # A layer keeps the scale of its input. The layers that write to the residual stream
                 # share that scale among them.
@@ -261,8 +257,6 @@ class Transformer(nn.Module):
             cache.lengths += T  # in place: a captured step reads them where they are
         angles = self.cos[positions][:, None], self.sin[positions][:, None]
         x = self.embedding(tokens)
-        if self.config.learned_positions:
-            x = x + self.position(positions)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             for block in self.blocks:
                 x = block(x, angles, positions, mask, cache)

@@ -51,7 +51,7 @@ from kit.look import look
 from kit.memory import check_memory
 from kit.metrics import Rewards, check_finite, weight_norm
 from kit.run import Run, multiplies_in_bfloat16, open_run
-from model import ModelConfig, Transformer
+from model import LONGEST, ModelConfig, Transformer
 from rewards import RULES, rule_weights
 from sample import Rollout, complete, decode_completions, generate, load_policy, tokenizer_of
 
@@ -119,7 +119,7 @@ class Config:
         "seed": (0, 2**63 - 1), "threads": (1, 1024), "reference_every": (0, 2**31 - 1),
         "min_level": (0, 1000), "max_level": (0, 1000),  # and as far as the task goes
         "n_layer": (1, 1024), "n_head": (1, 65536), "n_kv_head": (1, 65536),
-        "d_model": (1, 65536), "d_ff": (1, 65536), "max_seq_len": (48, 65536),
+        "d_model": (1, 65536), "d_ff": (1, 65536), "max_seq_len": (48, LONGEST),
         "prompts": (1, 10**6), "group_size": (1, 10**6),
         "eval_problems": (1, 10**6), "eval_samples": (8, 10**6),
         "lr": (1e-12, 1e30), "pretrain_lr": (1e-12, 1e30), "max_grad_norm": (1e-12, 1e30),
@@ -565,9 +565,8 @@ def base_model(config: Config, run: Run) -> Transformer:
     check_room(config.task, hardest, hardest + TASKS[config.task].beyond, *sizes)
     names = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_seq_len")
     shape = {name: getattr(config, name) for name in names}
-    of_task = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
-    of_task |= {"learned_positions": TASKS[config.task].learned_positions, "task": config.task}
-    model_config = ModelConfig(**of_task, **shape)
+    words = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}
+    model_config = ModelConfig(task=config.task, **words, **shape)
     check_memory(config, model_config)
     model = Transformer(model_config)
     model.init_weights(config.seed, tokenizer.pieces)

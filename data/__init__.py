@@ -9,7 +9,6 @@ A task is a row of TASKS: a frozen dataclass whose fields are its settings, with
     beyond                                              how many levels above are evaluated too
     hardest                                             the highest level that it can ask
     max_seq_len, max_new_tokens                         tokens of a row, of a completion
-    learned_positions                                   as in ModelConfig, for its models
     words                                               its vocabulary, beside numbers and tags
     verdicts                                            those of them that judge a try, if any
     problem(rng, level, *, language, held_out) -> Problem

@@ -68,7 +68,6 @@ class Chains:
     hardest: int = MAX_STEP
     max_seq_len: int = 96
     max_new_tokens: int = 64
-    learned_positions: bool = True  # operands are found by their place
     verdicts: tuple[str, ...] = ()
     example: str = "7 + 8 - 3"
 

@@ -27,7 +27,7 @@ def document_batches(
     task: str, levels: Sequence[int], seed: int, tokens_a_batch: int, room: int
 ) -> Batches:
     """The pretraining batch of each step: documents of at most `room` tokens, none about a held-out
-    problem. Their positions jump where the task's model has no learned ones."""
+    problem. Positions jump where a line begins."""
     tokenizer = get_tokenizer(task)
 
     def make_pool(number: int) -> list[Batch]:
@@ -37,8 +37,6 @@ def document_batches(
             rows.append(encode_document(written, tokenizer))
             tokens += len(rows[-1][1])
         batches = cut_pool(rows, tokenizer.pad_id, rng)
-        if TASKS[task].learned_positions:
-            return batches
         noise = torch.Generator().manual_seed(rng.getrandbits(63))
         how = (tokenizer.line_breaks, room, noise)
         return [(tokens, mask, jumping(tokens, *how)) for tokens, mask, _ in batches]

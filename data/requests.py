@@ -126,7 +126,6 @@ class Requests:
     hardest: int = 1
     max_seq_len: int = 96
     max_new_tokens: int = 64
-    learned_positions: bool = True
     verdicts: tuple[str, ...] = ()
     example: str = "tell me about 7"
 

@@ -57,7 +57,6 @@ class Signs:
     hardest: int = MOST_NUMBERS - 1
     max_seq_len: int = 320
     max_new_tokens: int = 256
-    learned_positions: bool = False  # a thought goes on where no document did
     verdicts: tuple[str, ...] = ("yes", "no")
     languages: tuple[str, ...] = ("en",)
     example: str = "make 7 from 4 3 6"

@@ -47,10 +47,6 @@ class World:
         return self.chains.hardest
 
     @property
-    def learned_positions(self) -> bool:
-        return self.chains.learned_positions
-
-    @property
     def languages(self) -> tuple[str, ...]:
         return self.chains.languages
 

@@ -21,8 +21,7 @@ def test_the_answer_and_the_end_are_predicted_the_question_is_not():
     batches, questions = web(), 0
     assistant = TOKENIZER.encode("\nAssistant:")[0]
     for step in range(40):
-        tokens, mask, positions = batches(step)
-        assert positions is None
+        tokens, mask, _ = batches(step)
         for row, chosen in zip(tokens.tolist(), mask.tolist()):
             end = row.index(TOKENIZER.eos_id) + 1
             assert all(token == TOKENIZER.pad_id for token in row[end:])

@@ -47,7 +47,6 @@ class Sort:
     hardest: ClassVar = 19
     max_seq_len: ClassVar = 48
     max_new_tokens: ClassVar = 16
-    learned_positions: ClassVar = True
     verdicts: ClassVar = ()
 
     def problem(self, rng, level, *, language="en", held_out=False):
@@ -99,7 +98,7 @@ class Sort:
 
 # ---------------------------------------------------------------------------------------- its tests
 
-SIZE = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_model": 32, "d_ff": 48}
+SIZE = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32, "d_ff": 48}
 
 
 @pytest.fixture(scope="module", autouse=True)

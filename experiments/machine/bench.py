@@ -120,7 +120,6 @@ def made_with(machine: Machine) -> dict[str, str]:
 
 def our_model(flags: argparse.Namespace, machine: Machine) -> Transformer:
     model = Transformer(ModelConfig(VOCABULARY, *SHAPES[flags.shape], PROMPT + flags.tokens))
-    torch.nn.init.zeros_(model.position.weight)  # a LLaMA has no learned positions
     model.in_bfloat16 = machine.dtype == torch.bfloat16
     return model.to(machine.device)
 
@@ -133,8 +132,8 @@ def our_sampler(model: Transformer, flags: argparse.Namespace, machine: Machine)
 
 
 def multiplied_weights(model: Transformer) -> int:
-    """The number of weights in matrix products. Position embeddings are only looked up."""
-    return sum(weight.numel() for weight in model.parameters()) - model.position.weight.numel()
+    """The number of weights in matrix products."""
+    return sum(weight.numel() for weight in model.parameters())
 
 
 def random_prompts(flags: argparse.Namespace) -> list[list[int]]:
