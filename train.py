@@ -88,7 +88,7 @@ class Config:
     pretrain_tokens: int = 512  # tokens of documents in a step, about
     pretrain_lr: float = 4e-3  # peak learning rate
     # GRPO
-    steps: int = 60  # rollouts
+    steps: int = 100  # rollouts
     prompts: int = 32  # P: prompts in a rollout
     group_size: int = 8  # G: completions of each prompt
     max_new_tokens: int = 0  # where a completion is cut, mostly to earn 0; 0: the task's own
