@@ -2,7 +2,7 @@
 its base model, as it is and where it may not give up.
 
     python -m experiments.study.search RUN                # RUN/search.json
-    python -m experiments.study.search RUN RUN RUN --publish search   # a table and its JSON
+    python -m experiments.study.search RUN RUN RUN --publish   # results/search.json, its table
 
 A base model "may not give up" where a line break is forced after <think> and after each "no", up to
 the same limit of tokens. What GRPO adds to mere going on is the margin over it.
@@ -37,7 +37,6 @@ from train import Config
 PROBLEMS, SAMPLES = 128, 4  # held-out problems of each level, completions of each
 FAILURES = (0, 1, 2, 3, 5, 7, 9)  # misses before a planted try
 PLANTED = 3  # level of planted tries: four numbers
-PUBLISHED = ("search", "search_100")  # the main job, and the same with 100 steps of GRPO
 FORCED = "base that may not give up"
 KEPT = ("step", "accuracy", "completion_tokens", "held_out_accuracy", "tries")  # of the log
 ROWS = {
@@ -288,8 +287,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run", nargs="+", type=Path, help="folder of a run that has ended")
     for name, count in (("--problems", PROBLEMS), ("--samples", SAMPLES)):
         parser.add_argument(name, type=int, default=count, help=f"[{count}]")
-    text = "write experiments/results/NAME.json and its table; runs that have a search.json keep it"
-    parser.add_argument("--publish", choices=PUBLISHED, help=text)
+    text = "write experiments/results/search.json and its table; runs that have their own keep it"
+    parser.add_argument("--publish", action="store_true", help=text)
     flags = parser.parse_args(arguments)
     for folder in flags.run:
         path = folder / "search.json"
@@ -306,8 +305,8 @@ def main(arguments: list[str]) -> None:
             results = published(flags.run)
         except ValueError as error:
             parser.error(str(error))
-        (RESULTS / f"{flags.publish}.json").write_text(json.dumps(results, indent=1) + "\n")
-        write_into_page(f"{flags.publish}: made by experiments/study/search.py", table(results))
+        (RESULTS / "search.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_into_page("search: made by experiments/study/search.py", table(results))
         print(table(results))
 
 
