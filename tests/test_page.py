@@ -25,6 +25,8 @@ SAMPLES = (
     f"User: tell me\n[base: without a rule, format 0] {ATTACK}\n\nso\n"
 )
 
+OLD_PATH = {"dpo": {"points": [{"kl": 0, "proxy": 0, "gold": 0, "said": [{"asked": "after 3"}]}]}}
+
 
 @pytest.fixture(scope="module")
 def said():
@@ -236,6 +238,10 @@ def change(name, old, new):
         (lambda folder: (folder / "log.jsonl").write_text("3\n"), "no run of this version wrote"),
         (change("log.jsonl", '"step"', '"at"'), "no run of this version wrote"),
         (change("looks.jsonl", '"logps"', '"logprobs"'), "of another version (KeyError: 'logps')"),
+        (
+            lambda folder: (folder / "result.json").write_text(json.dumps(OLD_PATH)),
+            "of another version (KeyError: 'prompt')",
+        ),
         (change("config.json", '"variant"', '"loss"'), "of another version (KeyError: 'variant')"),
     ],
 )

@@ -29,6 +29,8 @@ COLOURS = {"first": GRPO, "second": DR_GRPO, "up": GRPO, "down": HACK}  # what a
 COLOURS |= {"unsure": DR_GRPO, "entropy": CHANCE, "gold": OTHER, "proxy": HACK, "limit": BASE}
 ANSWER = re.compile(r"^\[([^]:]+): ((?:accuracy \d|without a rule), format \d)\] ", re.MULTILINE)
 
+SAID = ("prompt", "said", "proxy", "gold")  # of an answer at a point of a path
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -221,16 +223,14 @@ def answers_in(text: str) -> list[dict]:
 def paths_of(result: dict) -> dict[str, list[dict]]:
     """The paths of rlhf.compare: at each point the KL, the judge's score ("proxy") and gold on
     held-out requests, and what the model says there."""
-    paths = {}
-    for name, found in result.items():
-        if isinstance(found, dict) and "points" in found:
-            points = [point | point.get("held_out", {}) for point in found["points"]]
-            paths[name] = [
-                {x: short(point[x]) for x in ("kl", "proxy", "gold")}
-                | {"said": point.get("said", [])}
-                for point in points
-            ]
-    return paths
+
+    def shown(point: dict) -> dict:
+        point = point | point.get("held_out", {})
+        answers = [{x: said[x] for x in SAID} for said in point.get("said", [])]
+        return {x: short(point[x]) for x in ("kl", "proxy", "gold")} | {"said": answers}
+
+    paths = {name: x for name, x in result.items() if isinstance(x, dict) and "points" in x}
+    return {name: [shown(point) for point in path["points"]] for name, path in paths.items()}
 
 
 def page(runs: list[dict], reload: bool = False) -> str:
