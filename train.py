@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import TASKS, get_tokenizer
+from data import TASKS, check_task, get_tokenizer
 from data.batches import Batch
-from data.corpus import check_room, document_batches
+from data.corpus import check_room, check_words, document_batches
 from data.problem import Problem, sample_problems, stream
 from data.tokenizer import Tokenizer
 from grpo import (
@@ -102,7 +102,7 @@ class Config:
     beta: float = 0.0  # weight of the KL to the reference; 0: no reference at all
     kl: str = "k3"  # what beta weighs, row of grpo.KL_ESTIMATORS; k3 is as published
     reference_every: int = 0  # steps until the policy becomes the reference (R1: 400); 0: never
-    rewards: str = "accuracy=1,format=1"  # rows of rewards.RULES and their weights
+    rewards: str = "accuracy=1,format=1"  # rules and their weights
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     # evaluation
     eval_every: int = 10  # steps between two looks at held-out problems
@@ -115,6 +115,7 @@ class Config:
         "preset": ["gpu", "cpu", "tiny"], "task": TASKS, "dtype": ["float32", "bfloat16"],
         "variant": list(VARIANTS), "kl": list(KL_ESTIMATORS),
     }
+    NAMES: ClassVar = {"rewards": RULES}  # what the text of a field may name
     RANGES: ClassVar = {  # a field that is not here: from 1 to 2^31 - 1, a float from 0 to 1e30
         "seed": (0, 2**63 - 1), "threads": (1, 1024), "reference_every": (0, 2**31 - 1),
         "min_level": (0, 1000), "max_level": (0, 1000),  # and as far as the task goes
@@ -130,6 +131,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raise ValueError, in one line, for settings that do not go together."""
+        check_task(self.task)
         row, clip = VARIANTS.get(self.variant), (self.clip_low, self.clip_high)
         if self.reference_every and not self.beta:
             raise ValueError("--reference_every needs --beta: without a KL there is no reference")
@@ -563,6 +565,7 @@ def base_model(config: Config, run: Run) -> Transformer:
     tokenizer, hardest = get_tokenizer(config.task), config.levels[-1]
     sizes = (config.max_seq_len, config.max_new_tokens)
     check_room(config.task, hardest, hardest + TASKS[config.task].beyond, *sizes)
+    check_words(config.task, config.levels, config.max_seq_len)
     names = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_seq_len")
     shape = {name: getattr(config, name) for name in names}
     words = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.fingerprint}

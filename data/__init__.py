@@ -54,6 +54,16 @@ TASKS = {
     )
 }
 
+NEEDS = "name example levels languages more_turns apart beyond hardest max_seq_len max_new_tokens "
+NEEDS += "words verdicts problem document longest is_right parse outside measures"
+
+
+def check_task(task: str) -> None:
+    """Raise ValueError, in one line, for a row of TASKS that lacks something a task needs."""
+    if missing := [name for name in NEEDS.split() if not hasattr(TASKS[task], name)]:
+        reason = f"the task {task} has no {', no '.join(missing)}"
+        raise ValueError(f"{reason}: the head of data/__init__.py says what each is")
+
 
 @cache
 def get_tokenizer(task: str) -> Tokenizer:

@@ -5,6 +5,7 @@ python -m data.corpus chains-en-ko   # of another row of TASKS
 """
 
 import random
+import re
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +14,10 @@ import torch
 from data import TASKS, get_tokenizer
 from data.batches import BATCHES_PER_POOL, Batch, Batches, Row, cut_pool, jumping
 from data.problem import Document, stream
-from data.tokenizer import Tokenizer
+from data.tokenizer import TAGS, Tokenizer
+
+WORD = re.compile(r"[ \n]?[^\W\d_]+:?")  # letters, as the tokenizer cuts a text
+SAMPLE = 100  # documents that are searched for unknown words
 
 
 def encode_document(written: Document, tokenizer: Tokenizer) -> Row:
@@ -57,6 +61,18 @@ def check_room(task: str, level: int, hardest: int, room: int, max_new_tokens: i
         if tokens > room:
             reason = f"{tokens} tokens exceed the context of {room} (--max_seq_len)"
             raise ValueError(f"{name}: {reason}")
+
+
+def check_words(task: str, levels: Sequence[int], room: int) -> None:
+    """Raise ValueError, in one line, where a sample of the task's documents holds a word that is
+    not in its vocabulary. The model would have to spell it byte by byte."""
+    rng, tokenizer = stream(0, "words"), get_tokenizer(task)
+    for _ in range(SAMPLE):
+        written = TASKS[task].document(rng, levels, room)
+        for word in WORD.findall(written.question + re.sub("|".join(TAGS), "", written.text)):
+            if len(tokenizer.encode(word)) > 1:
+                reason = f"the documents of {task} say {word.strip()!r}, which its words lack"
+                raise ValueError(f"{reason}: a model would spell it byte by byte")
 
 
 if __name__ == "__main__":

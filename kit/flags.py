@@ -1,7 +1,8 @@
 """Any frozen dataclass as a command line.
 
 Each field is a flag, with the field's default, and the comment behind the field is its help. The
-class has CHOICES, the values that a field can take, and RANGES, the bounds of a number.
+class has CHOICES, the values that a field can take; NAMES, what the text of a field may name; and
+RANGES, the bounds of a number.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def parse(
         choices = Config.CHOICES.get(field.name)
         takes = {"type": kind(field), "metavar": "", "choices": choices}
         takes = {"action": argparse.BooleanOptionalAction} if field.type is bool else takes
-        text = f"{helps.get(field.name, '')}{': ' if choices else ''}{', '.join(choices or ())}"
+        named = ", ".join(choices or Config.NAMES.get(field.name, ()))
+        text = f"{helps.get(field.name, '')}{': ' if named else ''}{named}"
         text = f"{text} [{field.default!r}]".replace("%", "%%")
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **takes)
     given = vars(parser.parse_args(arguments))

@@ -156,9 +156,21 @@ def test_what_a_log_does_not_hold_is_not_asked(tmp_path, capsys):
     assert lines[6].startswith("ok    signal")
 
 
-def test_one_step_is_enough():
-    """A run that has just begun has no complaint."""
-    assert sick(log()[:1]) == []
+def test_a_short_run_is_too_short_to_tell(tmp_path, capsys):
+    """Three steps and no look: what has a limit is asked, what compares a beginning with an end is
+    not, and each of these is said. From ten lines and two looks on, all are asked."""
+    (tmp_path / "config.json").write_text('{"dtype": "float32", "device": "cpu"}')
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log(cut=stuck)[:3]))
+    diagnose.main([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    short = [line.split()[1] for line in lines if "too short to tell: 3 of the 10 lines" in line]
+    assert short == ["truncation", "signal", "entropy", "length", "reward"]
+    assert [line.split()[1] for line in lines[:3]] == ["numbers", "agreement", "policy"]
+    assert all(line.startswith("ok ") for line in lines[:3]) and len(lines) == 3 + len(short)
+    assert sick(log()[:1]) == [] and sick(log(cut=stuck)[:9]) == []
+    assert sick(log(cut=stuck)[:10]) == ["truncation"]
+    asked = [[check.name for check, *_ in diagnose.diagnose(log()[:n])] for n in (19, 20)]
+    assert set(asked[1]) - set(asked[0]) == {"thinking", "held-out accuracy"}
 
 
 def test_a_stage_of_another_name_is_asked_by_its_name(tmp_path, capsys):

@@ -32,6 +32,8 @@ def test_every_knob_is_a_flag_with_its_comment_for_help(capsys):
         (words,) = re.findall(rf"^  {name}\s(.*?)\[", shown, re.MULTILINE | re.DOTALL)
         assert words.strip(), f"{field.name} needs a comment in Config, two spaces before its #"
         assert f"[{field.default!r}]" in shown
+    (rewards,) = re.findall(r"^  --rewards (.*?)\[", shown, re.MULTILINE | re.DOTALL)
+    assert " ".join(rewards.split()).endswith(f": {', '.join(RULES)}")
 
 
 def test_flags_go_over_the_preset_and_the_preset_over_the_defaults():
@@ -210,7 +212,14 @@ def test_models_of_another_shape_or_vocabulary_are_refused(capsys, tmp_path):
 
 def test_problems_that_sample_cannot_ask_are_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "no trained model in out/" in refused(sample.main, ["7 + 8 - 3"], capsys)
+    advice = "no trained model in out/: run `python train.py` to its end, or name "
+    said = refused(sample.main, ["7 + 8 - 3"], capsys)
+    assert f"{advice}a model with --checkpoint\n" in said
+    (tmp_path / "out" / "stopped").mkdir(parents=True)
+    for name in ("base", "last"):
+        save_model(tmp_path / "out" / "stopped" / f"{name}.pt", small_model())
+    said = refused(sample.main, ["7 + 8 - 3"], capsys)
+    assert f"{advice}--checkpoint out/stopped/base.pt\n" in said
     save_model(tmp_path / "model.pt", small_model())
     arguments = ["--checkpoint", "model.pt"]
     for typed, complaint in (

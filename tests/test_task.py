@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import sample
 import train
-from data import TASKS, get_tokenizer
-from data.corpus import encode_document
+from data import NEEDS, TASKS, check_task, get_tokenizer
+from data.corpus import check_words, encode_document
 from data.problem import Document, Problem, sample_problems, stream
 from experiments.machine.kill import log_without_times, outcome
 from kit.run import ROOT, open_run
@@ -282,6 +283,43 @@ def test_its_model_is_refused_for_another_task(task, whole, tmp_path, capsys):
     assert stop.value.code == 2
     assert line.endswith("base.pt learned another task: add --task sort")
     assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------- what is missing, in one line
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_row_has_what_a_task_needs(name):
+    """All that the head of data/__init__.py lists, and a token for each word of its documents."""
+    listed = re.findall(r"^    (.*?)(?:  |\(| ->|$)", data.__doc__, re.M)
+    assert [x for names in listed for x in names.split(", ")] == NEEDS.split()
+    check_task(name)
+    least, most = TASKS[name].levels
+    check_words(name, range(least, most + 1), TASKS[name].max_seq_len)
+
+
+def test_a_task_that_lacks_something_is_refused():
+    """Before its settings are looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(Sort, "outside")
+        patch.delattr(Sort, "measures")
+        with pytest.raises(
+            ValueError, match=r"^the task sort has no outside, no measures: the hea"
+        ):
+            replace(SMALL, task="sort")
+
+
+def test_a_word_that_its_vocabulary_lacks_is_refused(tmp_path, capsys):
+    """In one line at the door: else the model would spell it, byte by byte, for a whole run."""
+    get_tokenizer.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sort, "words", ("sort", "smallest", "maybe"))
+        with pytest.raises(SystemExit) as stop:
+            job(config_for(tmp_path / "run"))
+    get_tokenizer.cache_clear()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+    assert "the documents of sort say 'then', which its words lack" in line
 
 
 # --------------------------------------------------------------------------------- no rule, no room

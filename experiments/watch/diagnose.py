@@ -36,13 +36,15 @@ def ends(records: Records, name: str) -> tuple[float, float]:
 @dataclass(frozen=True)
 class Check:
     """One question to a log. `look` returns the numbers in words, and whether they are healthy. It
-    is asked only if the log has all fields that it `needs`."""
+    is asked only if the log has all fields that it `needs`, each on at least `lines` lines: a
+    question about a beginning and an end has no answer before."""
 
     name: str
     needs: tuple[str, ...]
     look: Callable[[Records], tuple[str, bool]]
     healthy: str
     advice: str
+    lines: int = 1
 
 
 def numbers(records: Records) -> tuple[str, bool]:
@@ -152,6 +154,7 @@ CHECKS = (
         truncation,
         "at most 5 %",
         "raise --max_new_tokens (and --max_seq_len): a completion without an end earns nothing",
+        lines=10,
     ),
     Check(
         "signal",
@@ -159,6 +162,7 @@ CHECKS = (
         signal,
         "at most half, until accuracy is 0.9",
         "problems are too hard or too easy: change --min_level, --max_level or raise --group_size",
+        lines=10,
     ),
     Check(
         "entropy",
@@ -166,6 +170,7 @@ CHECKS = (
         entropy,
         "at least a tenth of the first entropy, until accuracy is 0.9",
         "the policy settled on a failing habit: try a lower --lr, --clip_high 0.28, another --seed",
+        lines=10,
     ),
     Check(
         "length",
@@ -173,6 +178,7 @@ CHECKS = (
         length,
         "a quarter longer at most, unless accuracy rises too",
         "1/|o| makes long wrong answers cheap: try --variant dr_grpo, and read samples.txt",
+        lines=10,
     ),
     Check(
         "thinking",
@@ -180,6 +186,7 @@ CHECKS = (
         thinking,
         "if answers are right: at least 2 tokens, half the first length, half the first steps",
         "the answers need no thought: ask harder problems (--min_level, --max_level, --task)",
+        lines=2,
     ),
     Check(
         "held-out accuracy",
@@ -187,6 +194,7 @@ CHECKS = (
         held_out,
         "rises when the reward rises",
         "the policy learns the training problems or the rule, not the task: read samples.txt",
+        lines=2,
     ),
     Check(
         "reward",
@@ -194,6 +202,7 @@ CHECKS = (
         rule,
         "accuracy rises when the reward rises",
         "another rule pays more than a right answer: lower its weight (--rewards) or mend the rule",
+        lines=10,
     ),
     Check(
         "policy step",
@@ -212,9 +221,14 @@ CHECKS = (
 )
 
 
+def lines_for(check: Check, records: Records) -> int:
+    """How many lines have the rarest field that a check needs."""
+    return min([len(values(records, name)) for name in check.needs] or [len(records)])
+
+
 def diagnose(records: Records) -> list[tuple[Check, str, bool]]:
     """Each check that this log can answer, what it saw, and whether that is healthy."""
-    checks = [check for check in CHECKS if all(values(records, name) for name in check.needs)]
+    checks = [check for check in CHECKS if lines_for(check, records) >= check.lines]
     return [(check, *check.look(records)) for check in checks]
 
 
@@ -244,6 +258,10 @@ def main(arguments: list[str]) -> None:
         if not healthy:
             print(f"{'':6}{'healthy:':18} {check.healthy}")
             print(f"{'':6}{'what to do:':18} {check.advice}")
+    for check in CHECKS:
+        if 0 < (lines := lines_for(check, records)) < check.lines:
+            said = f"too short to tell: {lines} of the {check.lines} lines that it takes"
+            print(f"-     {check.name:18} {said}")
 
 
 if __name__ == "__main__":
