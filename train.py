@@ -283,6 +283,7 @@ def imitate(
 # --------------------------------------------------------------------------------------------- GRPO
 
 OBJECTIVE = ("variant", "clip_low", "clip_high", "beta", "kl")  # settings that policy_loss takes
+DECAY_FROM = 0.6  # share of the rollouts after which the learning rate falls
 Reward = Callable[[list[Problem], Rollout, int], Rewards]  # of the problems, rollout, step
 
 
@@ -474,7 +475,7 @@ def grpo(
         inputs, teaches = loss_inputs(config, policy, reference, rollout, advantages)
         sampled = time.perf_counter()
 
-        lr = learning_rate(config.lr, step, config.steps, warmup=5, decay_from=0.6)
+        lr = learning_rate(config.lr, step, config.steps, warmup=5, decay_from=DECAY_FROM)
         # Lines 10 and 11.
         updates = update(config, run, policy, optimizer, lr, rollout, inputs, teaches)
         if reference and config.reference_every and (step + 1) % config.reference_every == 0:

@@ -327,7 +327,7 @@ def ppo(
             run.write_model(f"{stage}_value.pt", value)
 
 
-RATES = {"warmup": 5, "decay_from": 0.5}
+RATES = {"warmup": 5, "decay_from": train.DECAY_FROM}
 SHORT = train.SHORT | {"explained_variance": "ev"}
 
 
