@@ -527,12 +527,22 @@ def test_the_value_model_learns_what_it_can_know():
 
 
 def test_the_policy_begins_when_the_value_model_is_warm():
-    config = config_of(steps=4, value_warmup=3)
+    """And its learning rate is then what a job of the steps that are left would have."""
+    config = config_of(steps=5, value_warmup=3)
     policy, _, records = run_ppo(config)
     assert not equal(policy, small_model())
-    assert ["grad_norm" in record for record in records] == [False, False, False, True]
+    assert ["grad_norm" in record for record in records] == [False, False, False, True, True]
+    _, _, cold = run_ppo(replace(config, steps=2, value_warmup=0))
+    assert [record["lr"] for record in records[3:]] == [record["lr"] for record in cold]
     policy, _, _ = run_ppo(replace(config, steps=3))
     assert equal(policy, small_model())
+
+
+def test_a_group_of_one_is_enough():
+    """The value model compares, so each problem may have a single completion."""
+    policy, value, records = run_ppo(config_of(steps=2, prompts=8, group_size=1, value_warmup=0))
+    assert not equal(policy, small_model()) and not equal(value.trunk, small_model())
+    assert all(record["grad_norm"] > 0 and "accuracy" in record for record in records)
 
 
 @pytest.mark.parametrize("scaled", ["policy", "value"])
