@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import train
+from data import TASKS, get_tokenizer
 from experiments.machine.kill import log_without_times
+from experiments.study import value_model as study
 from grpo import loss_normalizer, policy_loss, token_logps
 from kit.run import open_run
 from model import ModelConfig, ScalarModel, load_model
@@ -31,7 +33,7 @@ from rlhf.ppo import (
     values_of,
     whiten,
 )
-from tests.small import SHAPE_FLAGS, SMALL, Unsaved, by_length, small_model
+from tests.small import SHAPE, SHAPE_FLAGS, SMALL, Unsaved, by_length, small_model
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 EXACTLY = {"rtol": 0, "atol": 0}
@@ -727,3 +729,72 @@ def test_what_would_broadcast_or_mislead_is_refused(call, complaint):
     with pytest.raises(ValueError, match=complaint) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------- the study
+
+
+def test_rollouts_go_on_from_the_prefix_that_they_are_given(monkeypatch):
+    """From behind a right answer all are right; from behind a wrong answer none."""
+    monkeypatch.setattr(study, "ROLLOUTS", 5)
+    words, problem = get_tokenizer("signs"), TASKS["signs"].ask((4, 3, 6), 7)
+    for answer, right in ((" 4 - 3 + 6", 1.0), (" 4 + 3 + 6", 0.0)):
+        text = f"<think> easy</think><answer>{answer}</answer>"
+        prefix = words.encode(text, tags=True)
+        config = Config(max_new_tokens=len(prefix) + 1)
+        rewards, share = study.rewards_from(small_model(task="signs"), problem, prefix, config, 0)
+        assert share.tolist() == [right] * 5 and set(rewards) <= {right, right + 1.0}
+
+
+def test_what_is_knowable_of_a_coin_is_the_variance_of_its_bias():
+    """P(right) uniform in [0, 1]: its variance is 1/12, of the 1/4 of the rewards."""
+    rng = np.random.default_rng(0)
+    chances = rng.random(4000)
+    found = study.against_rollouts(chances, (rng.random((4000, 8)) < chances[:, None]) * 1.0)
+    assert found["knowable"] == pytest.approx(1 / 3, abs=0.02)
+    assert found["error of a constant"] > 0.25 > 0.15 > found["error"]
+    assert found["correlation"] == pytest.approx(math.sqrt(1 / 12 / (1 / 12 + 1 / 6 / 8)), abs=0.02)
+
+
+def test_what_a_forward_pass_keeps_is_counted_without_weights():
+    """A linear layer keeps its input, and a square keeps the layer's output."""
+    layer, x = torch.nn.Linear(3, 4, bias=False), torch.ones(10, 3)
+    kept = study.kept_for_backward(lambda: layer(x).square().sum(), layer)
+    assert kept == 4 * (10 * 3 + 10 * 4)
+
+
+def test_the_value_model_doubles_what_is_held():
+    """Weights, gradients and AdamW's two moments, counted from the tensors of a real step."""
+    base, how = small_model(task="signs"), {"prompts": 2, "group_size": 4, "max_new_tokens": 12}
+    group_mean, value = (
+        study.cost(method, base, study.by_chance, **how, **SHAPE) for method in ("GRPO", "PPO")
+    )
+    size = 4 * sum(weight.numel() for weight in base.parameters())
+    assert group_mean["weights"] == group_mean["gradients"] == size
+    assert value["weights"] == value["gradients"] == 2 * size + 4 * (SHAPE["d_model"] + 1)
+    for found in (group_mean, value):
+        steps = 4 * len(list(base.parameters()))  # AdamW counts the steps of each weight
+        assert 0 <= found["moments"] - 2 * found["weights"] <= 4 * steps
+        assert found["sampling"] > 0 and found["the rest"] > 0
+    assert group_mean["completion_tokens"] == value["completion_tokens"]
+    assert (
+        len(value["activations"]) == 2 and value["activations"][0] == group_mean["activations"][0]
+    )
+
+
+def test_every_row_of_the_study_spends_the_same(tmp_path):
+    """As many completions a step, from one base model; a run that was stopped goes on."""
+    jobs = study.jobs(tmp_path, "signs", 3, list(study.ROWS), None)
+    spent = set()
+    for job in jobs:
+        flags = job.command()[2 if job.name.startswith("ppo") else 1 :]
+        kind = Config if job.name.startswith("ppo") else train.Config
+        config = train.flags.parse(kind, train.PRESETS, flags, "", "study")
+        spent.add((config.prompts * config.group_size, config.steps, config.seed, config.task))
+        assert (config.init == f"{tmp_path}/grpo_8/base.pt") == (job is not jobs[0])
+        assert job.needs == (() if job is jobs[0] else (jobs[0],))
+    assert spent == {(256, 60, 3, "signs")} and len(jobs) == len(study.ROWS)
+    (tmp_path / "ppo_8").mkdir()
+    (tmp_path / "ppo_8" / "last.pt").touch()
+    (job,) = study.jobs(tmp_path, "signs", 3, ["ppo_8"], tmp_path / "base.pt")
+    assert job.command() == ["-m", "rlhf.ppo", "--resume", f"{tmp_path}/ppo_8"]
