@@ -16,7 +16,7 @@ from data import TASKS
 from data.batches import Batch, Row, padded
 from data.corpus import encode_document
 from data.problem import Document, Problem, sample_problems, stream
-from kit.evaluate import PART, answer_problems, mean_measures
+from kit.evaluate import PART
 from model import Transformer
 from sample import complete, decode_completions, tokenizer_of
 
@@ -92,6 +92,11 @@ def sample_pairs(
     return pairs
 
 
+def rows_of(pairs: list[Pair]) -> list[Row]:
+    """The chosen answers of all pairs, then the rejected."""
+    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+
+
 def judge_by_length(pairs: list[Pair]) -> Callable[[list[Row]], Tensor]:
     """What the length of an answer tells by itself: the share of choices that answers of as many
     tokens won. A control: a reward model must know more."""
@@ -106,11 +111,3 @@ def judge_by_length(pairs: list[Pair]) -> Callable[[list[Row]], Tensor]:
         return torch.tensor([won[n] / met[n] if met[n] else 0.5 for n in lengths])
 
     return score
-
-
-def gold_of(model: Transformer, *, limit: int, seed: int, held_out: bool) -> dict[str, float]:
-    """Gold of a model's answers and its parts, means over 240 requests, 4 answers of each."""
-    problems = requests(240, seed, "evaluation requests", held_out)
-    noise = stream(seed, "evaluation requests, noise").getrandbits(63)
-    answers = answer_problems(model, problems, 4, limit=limit, seed=noise)
-    return mean_measures(problems, [[text for text, _ in group] for group in answers])

@@ -22,12 +22,13 @@ import train
 from data.batches import Row, padded
 from data.problem import Problem
 from kit import flags
-from kit.evaluate import answer_problems, grade, held_out_problems, mean, share
+from kit.evaluate import share
 from kit.metrics import Rewards, check_finite
 from kit.run import Run, open_run
 from model import ScalarModel, Transformer
 from rlhf import check_alike, scalar_model
-from rlhf.preferences import Pair, curated_batches, gold_of, judge_by_length, sample_pairs
+from rlhf.measure import gold_table, measure
+from rlhf.preferences import Pair, curated_batches, judge_by_length, rows_of, sample_pairs
 from sample import Rollout, tokenizer_of
 
 TESTED = 2000  # pairs of each split that a reward model is measured on
@@ -64,7 +65,7 @@ class Config(train.Config):
     pairs: int = 10000  # pairs of answers between which people choose
     noise: float = 0.5  # temperature of their choices, in points of gold
     min_lead: float = 1.0  # pairs nearer to each other in gold are left out of training
-    reward_batch: int = 32  # pairs in an optimizer step of the reward model
+    reward_batch: int = 32  # pairs in an optimizer step, also of DPO
     reward_lr: float = 1e-3  # its peak learning rate
 
     method: ClassVar = "reward_model"
@@ -108,8 +109,7 @@ def fit(
         raise ValueError(f"{len(pairs)} pairs fill no step of {size}: more --pairs would")
     for step in run.steps(stage, steps, model, optimizer=optimizer):
         part = pairs[step * size : (step + 1) * size]
-        found = scores(model, [p.chosen for p in part] + [p.rejected for p in part])
-        chosen, rejected = found.split(size)
+        chosen, rejected = scores(model, rows_of(part)).chunk(2)
         loss = preference_loss(chosen, rejected)
         loss.backward()
         lr = train.learning_rate(config.reward_lr, step, steps, warmup=10, decay_from=0.3)
@@ -153,18 +153,6 @@ def judge(model: ScalarModel, size: int = 256) -> train.Reward:
 # --------------------------------------------------------------------------------------------- job
 
 
-def measure(config: Config, model: Transformer) -> dict:
-    """Gold of a model's answers, about numbers that documents answer about and about others; and
-    pass@1 of held-out chains, which fine-tuning on requests could cost."""
-    how = {"limit": config.max_new_tokens, "seed": config.seed}
-    chains = held_out_problems(config.task, config.levels, 120, config.seed, "evaluation")
-    return {
-        "seen": gold_of(model, held_out=False, **how),
-        "held_out": gold_of(model, held_out=True, **how),
-        "chains": mean(grade(chains, answer_problems(model, chains, 4, **how))),
-    }
-
-
 def compare(config: Config, judges: dict[str, Score], drawn: dict[str, list[Pair]]) -> dict:
     """The share of choices that each judge agrees with: of the pairs as training has them, and of
     all pairs. "gold" is as good as any judge can be, since the rest is noise."""
@@ -173,8 +161,8 @@ def compare(config: Config, judges: dict[str, Score], drawn: dict[str, list[Pair
         for kind, some in (("clear", clear(config, pairs)), ("all", pairs)):
             found = {"pairs": len(some), "gold": share_of([pair.lead for pair in some])}
             for judged_by, score in judges.items():
-                chosen, rejected = [p.chosen for p in some], [p.rejected for p in some]
-                found[judged_by] = share_of((score(chosen) - score(rejected)).tolist())
+                chosen, rejected = score(rows_of(some)).chunk(2)
+                found[judged_by] = share_of((chosen - rejected).tolist())
             table[f"{name}, {kind}"] = found
     return table
 
@@ -189,30 +177,41 @@ def clear(config: Config, pairs: list[Pair]) -> list[Pair]:
     return [pair for pair in pairs if abs(pair.lead) > config.min_lead]
 
 
+def fine_tuned(config: Config, run: Run) -> tuple[Transformer, Transformer]:
+    """The stages "base" and "sft": the base model, and the same after fine-tuning on curated
+    answers."""
+    sft = train.base_model(config, run)
+    base = copy.deepcopy(sft)
+    written = curated_batches(sft, config.curated, config.seed)
+    train.imitate(config, run, "sft", sft, written, config.sft_steps, config.sft_lr)
+    return base, sft
+
+
+def draw_pairs(config: Config, sft: Transformer, count: int, purpose: str, **which) -> list[Pair]:
+    """Pairs of answers of the fine-tuned model. A resumed run draws the same again."""
+    how = {"noise": config.noise, "limit": config.max_new_tokens, "seed": config.seed}
+    return sample_pairs(sft, count, purpose=purpose, **how, **which)
+
+
 def train_reward_model(config: Config, run: Run) -> None:
     """Base model, fine-tuning, pairs, reward model, and its control: the same from random
     weights."""
-    sft = train.base_model(config, run)
-    base = copy.deepcopy(sft)
-    found = {"base": run.once("base", lambda: measure(config, base))}
-    written = curated_batches(sft, config.curated, config.seed)
-    train.imitate(config, run, "sft", sft, written, config.sft_steps, config.sft_lr)
-    found["sft"] = run.once("sft", lambda: measure(config, sft))
-
-    how = {"noise": config.noise, "limit": config.max_new_tokens, "seed": config.seed}
-    draw = partial(sample_pairs, sft, **how)  # a resumed run draws the same again
-    pairs = draw(config.pairs, purpose="pairs")
-    answers = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
+    base, sft = fine_tuned(config, run)
+    found = {
+        name: run.once(name, partial(measure, config, model))
+        for name, model in (("base", base), ("sft", sft))
+    }
+    pairs = draw_pairs(config, sft, config.pairs, "pairs")
     model, control = scalar_model(base), ScalarModel(base.config).to(config.device)
     control.trunk.init_weights(config.seed, tokenizer_of(base).pieces)
     for stage, each in (("reward", model), ("reward_random", control)):
-        fit(config, run, stage, each, clear(config, pairs), answers)
+        fit(config, run, stage, each, clear(config, pairs), rows_of(pairs))
 
     def judged() -> dict:
         judges = {"reward": partial(all_scores, model), "random": partial(all_scores, control)}
         judges["length"] = judge_by_length(clear(config, pairs))
-        drawn = {"new": draw(TESTED, purpose="new pairs")}
-        drawn["held-out"] = draw(TESTED, purpose="held-out pairs", held_out=True)
+        draw = partial(draw_pairs, config, sft, TESTED)
+        drawn = {"new": draw("new pairs"), "held-out": draw("held-out pairs", held_out=True)}
         return compare(config, judges, drawn)
 
     found["agreement"] = run.once("agreement", judged)
@@ -222,12 +221,7 @@ def train_reward_model(config: Config, run: Run) -> None:
 
 def report(found: dict) -> str:
     """The numbers of a run as two tables."""
-    lines = [f"{'':24}{'base':>9}{'sft':>9}"]
-    for name in ("seen", "held_out"):
-        cells = "".join(f"{found[model][name]['gold']:9.2f}" for model in ("base", "sft"))
-        lines.append(f"{f'gold, {name} numbers'.replace('_', '-'):24}{cells}")
-    cells = "".join(f"{share(found[model]['chains']):>9}" for model in ("base", "sft"))
-    lines.append(f"{'pass@1 of chains':24}{cells}\n")
+    lines = [gold_table({name: found[name] for name in ("base", "sft")}), ""]
     names = [name for name in next(iter(found["agreement"].values())) if name != "pairs"]
     lines.append(f"{'agreement with people':24}{''.join(f'{name:>9}' for name in names)}")
     for pairs, row in found["agreement"].items():
