@@ -14,7 +14,7 @@ from model import Transformer
 from rlhf.preferences import REQUESTS, requests
 from sample import Rollout, complete, decode_completions, tokenizer_of
 
-ASKED, SHOWN = 120, 4  # requests of a point on a path, and those whose answer it shows
+ASKED, SHOWN = 120, 8  # requests of a point on a path, and those whose answer it shows
 
 
 def gold_of(model: Transformer, *, limit: int, seed: int, held_out: bool) -> dict[str, float]:
@@ -72,20 +72,22 @@ def log_ratios(reference: Transformer, rollout: Rollout, size: int) -> Tensor:
 
 
 def point(config: train.Config, policy: Transformer, sft: Transformer, score: train.Reward) -> dict:
-    """Where a policy stands on its path, by 4 answers to each of ASKED held-out requests: KL to the
-    fine-tuned model in nats a completion, the judge's score and gold, means over the answers; and a
-    few answers."""
-    problems, rollout, texts, scores, golds = ask(config, policy, score, held_out=True, samples=4)
-    said = zip([p.expression for p in problems], texts[::4], scores[::4].tolist())
-    return {
-        "kl": log_ratios(sft, rollout, config.micro_batch).mean().item(),
-        "proxy": scores.mean().item(),
-        "gold": golds.mean().item(),
-        "tokens": float((rollout.ends - rollout.starts).mean()),
-        "said": [
-            dict(zip(("asked", "said", "proxy"), each)) for _, each in zip(range(SHOWN), said)
-        ],
-    }
+    """Where a policy stands on its path, by 4 answers to each of ASKED requests of a split: KL to
+    the fine-tuned model in nats a completion, the judge's score and gold, means over the answers;
+    and what it says to a few held-out requests."""
+    found = {}
+    for split in ("seen", "held_out"):
+        asked = ask(config, policy, score, split == "held_out", samples=4)
+        problems, rollout, texts, scores, golds = asked
+        found[split] = {
+            "kl": log_ratios(sft, rollout, config.micro_batch).mean().item(),
+            "proxy": scores.mean().item(),
+            "gold": golds.mean().item(),
+            "tokens": float((rollout.ends - rollout.starts).mean()),
+        }
+    said = zip([p.prompt for p in problems], texts[::4], scores[::4].tolist(), golds[::4].tolist())
+    names = ("prompt", "said", "proxy", "gold")
+    return found | {"said": [dict(zip(names, each)) for each in list(said)[:SHOWN]]}
 
 
 def best_of(scores: Tensor, n: int) -> Tensor:

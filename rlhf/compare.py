@@ -1,0 +1,142 @@
+"""DPO, PPO, GRPO and best-of-n from one fine-tuned model, by one judge, at one KL; and what
+becomes of a policy that is pushed on.
+
+    python -m rlhf.compare                          # base, fine-tuning, reward model, all methods
+    python -m rlhf.compare --init out/RUN/base.pt   # from a base model of the world
+
+A method walks away from the fine-tuned model. Points on its path are measured on two splits of
+requests: the KL, the judge's score and gold. Methods are compared at the point of their path whose
+KL is nearest to --nats.
+"""
+
+import re
+import sys
+from dataclasses import replace
+from functools import partial
+
+import train
+from kit import flags
+from kit.evaluate import share
+from kit.run import Run, open_run
+from model import ScalarModel, Transformer
+from rlhf import reward_model, scalar_model
+from rlhf.measure import ask, best_of, best_of_kl, bytes_held, measure, point
+from rlhf.methods import METHODS, Config, by_grpo, start, with_rule
+from rlhf.reward_model import fit, judge
+from sample import load_policy
+
+MOST = 64  # answers from which best-of-n picks
+
+
+def path(config: Config, run: Run, stage: str, sft: Transformer, score: train.Reward) -> dict:
+    """The points of a stage's path, by the models that it left."""
+    files = {int(re.search(r"(\d+).pt$", x.name)[1]): x for x in run.folder.glob(f"{stage}_[0-9]*")}
+    walked = [{"step": 0, **point(config, sft, sft, score)}]
+    for step, file in sorted(files.items()):
+        walked.append({"step": step, **point(config, load_policy(file), sft, score)})
+    return {"points": walked}
+
+
+def nearest(points: list[dict], nats: float, split: str = "held_out") -> dict:
+    """The point behind the start whose KL is nearest to this."""
+    return min(points[1:], key=lambda at: abs(at[split]["kl"] - nats))
+
+
+def pick_best(config: Config, sft: Transformer, score: train.Reward) -> dict:
+    """Best-of-n of the fine-tuned model's answers, for each n that is a power of 2."""
+    found = {}
+    for split in ("seen", "held_out"):
+        *_, scores, golds = ask(config, sft, score, split == "held_out", MOST)
+        found[split] = scores.view(-1, MOST), golds.view(-1, MOST)
+
+    def picked(n: int) -> dict:
+        row = {"n": n}
+        for split, (scores, golds) in found.items():
+            picks = best_of(scores, n)
+            proxy, gold = (x.gather(1, picks).mean().item() for x in (scores, golds))
+            row[split] = {"kl": best_of_kl(n), "proxy": proxy, "gold": gold}
+        return row
+
+    return {"points": [picked(2**i) for i in range(MOST.bit_length())]}
+
+
+def costs(sft: Transformer, reward: ScalarModel) -> dict[str, dict[str, int]]:
+    """How many models each method holds and trains, and their bytes."""
+    held = {
+        "ppo": ([sft, reward], [sft, reward]),
+        "grpo": ([sft], [sft, reward]),
+        "dpo": ([sft], [sft]),
+        "best_of_n": ([], [sft, reward]),
+        "grpo by rules": ([sft], []),
+    }
+    return {
+        name: {
+            "models": len(trained) + len(frozen),
+            "trained": len(trained),
+            "bytes": bytes_held(trained, frozen),
+        }
+        for name, (trained, frozen) in held.items()
+    }
+
+
+def compare(config: Config, run: Run) -> None:
+    """What all start from; each method, and the points of its path; each at one KL."""
+    at = start(config, run)
+    worse, few = scalar_model(at.base), at.pairs[: int(config.fewer * len(at.pairs))]
+    fit(config, run, "reward_fewer", worse, few, at.answers)
+    score, free = judge(at.reward), replace(config, beta=0.0)
+    found = {"sft": run.once("sft", partial(measure, config, at.sft))}
+    found["best_of_n"] = run.once("best_of_n", partial(pick_best, config, at.sft, score))
+    stages = {name: partial(learn, config) for name, learn in METHODS.items()} | {
+        "grpo_free": partial(by_grpo, free),
+        "grpo_fewer": partial(by_grpo, free, score=judge(worse)),
+        "grpo_rule": partial(by_grpo, free, score=with_rule(score, config.rule)),
+    }
+    for stage, learn in stages.items():
+        policy = learn(run, stage, at)
+        by = judge(worse) if stage == "grpo_fewer" else score
+        found[stage] = run.once(stage, partial(path, config, run, stage, at.sft, by))
+        if stage == "dpo":  # the step that held-out pairs chose
+            chosen = partial(point, config, policy, at.sft, score)
+            found["dpo_chosen"] = run.once("dpo_chosen", chosen)
+    for stage in METHODS:
+        close = nearest(found[stage]["points"], config.nats)
+        policy, name = load_policy(run.folder / f"{stage}_{close['step']}.pt"), f"{stage}_close"
+        measured = run.once(name, partial(measure, config, policy))
+        found[name] = {"step": close["step"], "kl": close["held_out"]["kl"], **measured}
+    found["costs"] = costs(at.sft, at.reward)
+    run.finish({"device": config.device, "seed": config.seed, **found})
+    print(f"\n{report(config, found)}\n\n{run.times()}")
+
+
+def report(config: Config, found: dict) -> str:
+    """Each method at one KL, and the end of each path, as two tables."""
+    lines = [f"{f'at {config.nats:g} nats':18}{'KL':>8}{'gold':>8}{'seen':>8}{'chains':>9}"]
+    picks = nearest(found["best_of_n"]["points"], config.nats)
+    close = {
+        "fine-tuned": {"kl": 0.0, **found["sft"]},
+        f"best of {picks['n']}": {"kl": picks["held_out"]["kl"], **picks},
+    }
+    for stage in METHODS:
+        close[f"{stage}, {found[f'{stage}_close']['step']} steps"] = found[f"{stage}_close"]
+    for name, model in close.items():
+        golds = "".join(f"{model[split]['gold']:8.2f}" for split in ("held_out", "seen"))
+        chains = share(model["chains"]) if "chains" in model else "-"
+        lines.append(f"{name:18}{model['kl']:8.2f}{golds}{chains:>9}")
+    lines.append(f"\n{'end of the path':18}{'KL':>8}{'proxy':>8}{'gold':>8}{'seen':>8}")
+    for stage, walked in found.items():
+        if stage != "best_of_n" and "points" in walked:
+            end = walked["points"][-1]
+            cells = "".join(f"{end['held_out'][name]:8.2f}" for name in ("kl", "proxy", "gold"))
+            lines.append(f"{stage:18}{cells}{end['seen']['gold']:8.2f}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    config = flags.parse(Config, reward_model.PRESETS, arguments, __doc__, "rlhf.compare")
+    with open_run(config, "-m rlhf.compare") as run:
+        compare(config, run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
