@@ -107,6 +107,7 @@ def test_methods_are_compared_at_one_kl_and_what_they_hold(whole):
     assert result["costs"]["grpo by rules"]["bytes"] == 4 * result["costs"]["dpo"]["bytes"] // 5
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_goes_on_to_the_same_result(whole, few, tmp_path, monkeypatch):
     """Stopped in a stage behind others."""
     config, log = config_of(out=str(tmp_path / "run")), Run.log

@@ -1,7 +1,5 @@
 """What DPO, PPO and GRPO on requests are made of."""
 
-from dataclasses import replace
-
 import torch
 
 import train
@@ -42,7 +40,7 @@ def test_a_rule_takes_a_price_for_each_sentence_said_twice():
 
 def test_a_policy_is_left_as_it_was_before_a_step(monkeypatch):
     monkeypatch.setattr(methods, "POINTS", 3)
-    run, config = Unsaved(), replace(config_of(steps=6), task="requests", min_level=1, max_level=1)
+    run, config = Unsaved(), settings(config_of(steps=6), train.Config)
     sample = leaving_points(run)
     for step in run.steps("grpo", 6, None):
         sample(config, small_model(step, task="world"), step)

@@ -1,0 +1,137 @@
+"""The search of settings and the tables of the chapter on RLHF, on numbers that are known."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from experiments.study import rlhf_search, rlhf_tables
+from experiments.study.rlhf_search import TRIED, chosen, settings_of
+from kit.run import open_run
+from rlhf import dpo, measure
+from rlhf.methods import METHODS
+from tests.small import SHAPE
+
+
+def at(step, kl, gold, proxy=0.5):
+    told = {"kl": kl, "gold": gold, "proxy": proxy, "tokens": 9.0}
+    said = [{"prompt": "User: say hello to me\nAssistant:", "said": f" {kl}", **told}]
+    return {"step": step, "seen": told, "held_out": told | {"gold": gold - 1}, "said": said}
+
+
+def tried(*points, **settings):
+    return {"settings": settings, "points": [at(0, 0.0, 9.0), *points]}
+
+
+def test_the_setting_with_most_gold_at_the_kl_is_chosen():
+    """At the point that is nearest, though gold is higher elsewhere; none that is too far."""
+    first = tried(at(1, 1.0, 5.0), at(2, 2.1, 1.0), lr=1)
+    second = tried(at(1, 1.9, 2.0), at(2, 5.0, 0.0), lr=2)
+    far = tried(at(1, 1.7, 8.0), lr=3)
+    best = chosen([first, second, far], 2.0)
+    assert best["settings"] == {"lr": 2} and best["step"] == 1
+    assert chosen([first, far], 2.0)["settings"] == {"lr": 1}
+    assert chosen([far], 2.0) is None
+
+
+def test_each_method_has_as_many_settings():
+    found = {name: settings_of(name) for name in METHODS}
+    assert {len(each) for each in found.values()} == {3}
+    for name, each in found.items():
+        for settings in each:
+            assert replace(rlhf_search.Config(), **settings, searched=name).searched == name
+
+
+def test_a_search_walks_a_path_for_each_setting(tmp_path, monkeypatch, capsys):
+    """Each setting has its own stage, and is the one that is used there."""
+    monkeypatch.setattr(measure, "ASKED", 2)
+    monkeypatch.setattr(dpo, "HELD_OUT", 20)
+    knobs, _ = TRIED["grpo"]
+    monkeypatch.setitem(TRIED, "grpo", (knobs, [(1e-3, 0.5), (1e-2, 0.5)]))
+    how = {"preset": "tiny", "pretrain_steps": 2, "max_new_tokens": 5, "max_level": 2, "steps": 2}
+    how |= {"curated": 20, "sft_steps": 2, "pairs": 60, "min_lead": 0.3, "reward_batch": 8}
+    how |= {"prompts": 2, "group_size": 2, "searched": "grpo", "out": str(tmp_path / "run")}
+    config = rlhf_search.Config(**how | SHAPE).filled()
+    with open_run(config, "-m experiments.study.rlhf_search") as run:
+        rlhf_search.search(config, run)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    one, other = result["grpo"]
+    assert one["settings"] == {"lr": 1e-3, "beta": 0.5} and other["settings"]["lr"] == 1e-2
+    assert [x["step"] for x in one["points"]] == [x["step"] for x in other["points"]] == [0, 1, 2]
+    kls = [x["points"][-1]["held_out"]["kl"] for x in (one, other)]
+    assert abs(kls[1]) > abs(kls[0])
+    assert "lr 0.01, beta 0.5" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ publication
+
+
+def path_of(seed, last):
+    return {"points": [at(0, 0.0, 1.0), at(3, 2.0, 2.0 + seed), at(6, last, -3.0, proxy=1.5)]}
+
+
+def run_folder(folder, program, result, **settings):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"program": f"-m {program}", **settings}))
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two judges, two comparisons, and a search of three methods."""
+    judges, compared, searched = [], [], []
+    for seed in (1, 0):
+        shares = {"pairs": 9, "gold": 0.9, "reward": 0.7 + seed / 10, "random": 0.6, "length": 0.5}
+        split = {"gold": 0.5 + seed, "facts": 1.0, "mistakes": -0.5}
+        model = {"seen": split, "held_out": split, "chains": 0.25}
+        result = {"seed": seed, "base": model, "sft": model, "agreement": {"new, all": shares}}
+        how = {"seed": seed, "out": str(seed), "init": "", "pairs": 100, "nats": 1.9}
+        judges.append(run_folder(tmp_path / f"j{seed}", "rlhf.reward_model", result, **how))
+        paths = {stage: path_of(seed, 9.0) for stage in rlhf_tables.PUSHED if stage != "best_of_n"}
+        picks = [at(0, 0.0, 1.0) | {"n": 1}, at(0, 1.8, 3.0) | {"n": 16}]
+        result = {"seed": seed, "sft": model, "best_of_n": {"points": picks}, **paths}
+        result["costs"] = {"dpo": {"models": 2, "trained": 1, "bytes": 3_000_000}}
+        for stage in METHODS:
+            far = 3.0 if (stage, seed) == ("dpo", 1) else 2.0
+            result[f"{stage}_close"] = {"step": 3, "kl": far, **model}
+        result["dpo_chosen"] = at(0, 1.0, 1.0)
+        how |= {"steps": 2, "prompts": 3, "group_size": 4}
+        compared.append(run_folder(tmp_path / f"c{seed}", "rlhf.compare", result, **how))
+    for name in METHODS:
+        each = [tried(at(3, 1.9, 2.0), lr=1.0), tried(at(3, 1.9, 4.0), lr=2.0)]
+        how = {"seed": 7, "searched": name, "nats": 1.9}
+        program = "experiments.study.rlhf_search"
+        searched.append(run_folder(tmp_path / name, program, {"seed": 7, name: each}, **how))
+    return judges, compared, searched
+
+
+def test_the_tables_tell_the_numbers_of_the_runs(folders):
+    results = rlhf_tables.published(*folders)
+    assert [each["seed"] for each in results["seeds"]] == [0, 1]
+    assert "| new, all pairs | 90.0 % (90.0-90.0) | 75.0 % (70.0-80.0) |" in rlhf_tables.judges(
+        results
+    )
+    table = rlhf_tables.at_one_kl(results)
+    assert "| DPO | 2.50 (2.00 to 3.00) | 1.00 (0.50 to 1.50) |" in table
+    assert "| best of 16 | 1.80 (1.80 to 1.80) | 2.00 (2.00 to 2.00) |" in table
+    assert "Not within 10 % of the KL: DPO (seed 1, 3.00 nats)." in table
+    pushed = rlhf_tables.over_optimised(results)
+    row = "1.50 (1.00 to 2.00) | 2.00 (2.00 to 2.00) | -4.00 (-4.00 to -4.00) | 1.50 (1.50 to 1.50)"
+    assert f"| GRPO, no KL | {row} |" in pushed
+    assert "| GRPO | `lr` 2 | 3 | 1.90 | 0.50 | 4.00 | chosen |" in rlhf_tables.searched(results)
+    assert "| DPO | 2 | 1 | 3.0 | 0 | 100 |" in rlhf_tables.costs(results)
+    shown = rlhf_tables.samples(results)
+    assert "User: say hello to me\nAssistant: 9.0\n" in shown and "judge 1.50, gold -3.0" in shown
+
+
+def test_runs_that_do_not_belong_together_are_refused(folders, tmp_path):
+    judges, compared, searched = folders
+    with pytest.raises(ValueError, match=r"was not made by python -m rlhf\.compare"):
+        rlhf_tables.published(judges, judges, searched)
+    with pytest.raises(ValueError, match=r"holds no result\.json"):
+        rlhf_tables.published(judges, [tmp_path], searched)
+    settings = json.loads((compared[1] / "config.json").read_text())
+    (compared[1] / "config.json").write_text(json.dumps(settings | {"nats": 1.0}))
+    with pytest.raises(ValueError, match=r"c0 differs from .*c1 in nats$"):
+        rlhf_tables.published(judges, compared, searched)
