@@ -19,7 +19,7 @@ from kit.run import Run
 from model import ScalarModel, Transformer
 from rlhf import dpo, ppo, scalar_model
 from rlhf.preferences import Pair, rows_of
-from rlhf.reward_model import clear, draw_pairs, fine_tuned, fit, judge
+from rlhf.reward_model import STANDARD, clear, draw_pairs, fine_tuned, fit, judge
 from sample import Rollout, decode_completions
 
 POINTS = 12  # of a path, about
@@ -59,7 +59,7 @@ def start(config: Config, run: Run) -> Start:
     base, sft = fine_tuned(config, run)
     pairs = draw_pairs(config, sft, config.pairs, "pairs")
     choosing = draw_pairs(config, sft, dpo.HELD_OUT, "pairs for choosing")
-    model, answers = scalar_model(base), rows_of(pairs[:1000])
+    model, answers = scalar_model(base), rows_of(pairs[:STANDARD])
     fit(config, run, "reward", model, clear(config, pairs), answers)
     return Start(base, sft, model, clear(config, pairs), clear(config, choosing), answers)
 

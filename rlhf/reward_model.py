@@ -32,6 +32,7 @@ from rlhf.preferences import Pair, curated_batches, judge_by_length, rows_of, sa
 from sample import Rollout, tokenizer_of
 
 TESTED = 2000  # pairs of each split that a reward model is measured on
+STANDARD = 1000  # pairs on whose answers its scores get mean 0 and deviation 1
 Score = Callable[[list[Row]], Tensor]  # (N,), a number for each answer
 
 
@@ -205,7 +206,7 @@ def train_reward_model(config: Config, run: Run) -> None:
     model, control = scalar_model(base), ScalarModel(base.config).to(config.device)
     control.trunk.init_weights(config.seed, tokenizer_of(base).pieces)
     for stage, each in (("reward", model), ("reward_random", control)):
-        fit(config, run, stage, each, clear(config, pairs), rows_of(pairs))
+        fit(config, run, stage, each, clear(config, pairs), rows_of(pairs[:STANDARD]))
 
     def judged() -> dict:
         judges = {"reward": partial(all_scores, model), "random": partial(all_scores, control)}

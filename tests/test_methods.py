@@ -4,8 +4,8 @@ import torch
 
 import train
 from data import TASKS
-from rlhf import methods, ppo
-from rlhf.methods import Config, leaving_points, settings, with_rule
+from rlhf import dpo, methods, ppo, scalar_model
+from rlhf.methods import METHODS, Config, Start, leaving_points, settings, with_rule
 from tests.small import SHAPE, Unsaved, rollout_of, small_model
 
 REQUESTS = TASKS["requests"]
@@ -48,3 +48,25 @@ def test_a_policy_is_left_as_it_was_before_a_step(monkeypatch):
     for step in (2, 4):
         weights = small_model(step, task="world").embedding.weight
         assert torch.equal(run.written[f"grpo_{step}.pt"].embedding.weight, weights)
+
+
+def test_each_method_starts_from_the_same_models_with_its_own_knobs(monkeypatch):
+    """From copies: the fine-tuned model and the reward model stay as they are."""
+    sft, given = small_model(1, task="world"), {}
+    reward = scalar_model(small_model(2, task="world"))
+    at = Start(small_model(task="world"), sft, reward, pairs=[0] * 48, choosing=[1], answers=[])
+    for room, name in ((dpo, "dpo"), (ppo, "ppo")):
+        monkeypatch.setattr(room, name, lambda *args, by=name: given.update({by: args}))
+    config = config_of(lr=1.0, beta=0.1, ppo_lr=2.0, ppo_beta=0.2, dpo_lr=3.0, reward_batch=2)
+    for name in ("dpo", "ppo"):
+        policy = METHODS[name](config, Unsaved(), name, at)
+        how, _, stage, learns, reference, *rest = given[name]
+        assert stage == name and learns is policy and reference is sft
+        assert policy is not sft and torch.equal(policy.embedding.weight, sft.embedding.weight)
+        if name == "ppo":
+            assert (how.lr, how.beta) == (2.0, 0.2)
+            value = rest[0]
+            assert value is not reward
+            assert torch.equal(value.trunk.embedding.weight, reward.trunk.embedding.weight)
+        else:
+            assert how.eval_every == 24 // 12 and rest == [at.pairs, at.choosing]

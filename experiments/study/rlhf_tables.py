@@ -247,12 +247,15 @@ def comment(name: str) -> str:
 
 def main(arguments: list[str]) -> None:
     parser = command_line(__doc__)
-    kinds = ("judges", "compared", "searched")
-    for kind in kinds:
-        text = "folders of finished runs"
-        parser.add_argument(f"--{kind}", nargs="+", type=Path, default=[], help=text)
+    for flag, program in (
+        ("--judges", "rlhf.reward_model"),
+        ("--compared", "rlhf.compare"),
+        ("--searched", "experiments.study.rlhf_search"),
+    ):
+        text = f"folders of finished runs of {program}"
+        parser.add_argument(flag, nargs="+", type=Path, default=[], metavar="RUN", help=text)
     flags = parser.parse_args(arguments)
-    folders = [getattr(flags, kind) for kind in kinds]
+    folders = flags.judges, flags.compared, flags.searched
     if any(folders) and not all(folders):
         parser.error("give --judges, --compared and --searched together, or none of them")
     if any(folders):
