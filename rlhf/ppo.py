@@ -311,7 +311,7 @@ def ppo(
         _, came = gae(earned, values, rollout.mask, lam=1.0)  # on a rollout not yet learned from
         record["explained_variance"] = explained_variance(values, came, rollout.mask).item()
 
-        # The policy waits for values that do not mislead. Its schedule is over the steps left to it.
+        # The policy waits for values that do not mislead: its schedule is over the rest.
         if (done := step - config.value_warmup) >= 0:
             lr = train.learning_rate(config.lr, done, config.steps - config.value_warmup, **RATES)
             how = (lr, rollout, inputs, teaches)
