@@ -72,8 +72,8 @@ TABLES = {
         },
     ),
     "chains": Table(
-        "python train.py --task chains --seed SEED",
-        Config(task="chains"),
+        "python train.py --task chains --steps 60 --seed SEED",
+        Config(task="chains", steps=60),
         (),
         {"base model": at("base"), "R1-Zero": at("r1_zero")},
         {
@@ -147,8 +147,9 @@ def markdown(name: str, results: dict) -> str:
     seeds = sorted({run["seed"] for run in runs})
     several = f"seeds {', '.join(map(str, seeds))}: mean (lowest-highest)"
     spread = several if len(seeds) > 1 else f"seed {seeds[0]}"
-    minutes = max(run["seconds"]["total"] / 60 for run in runs)
-    below = f"`{table.command}`, {spread}. {minutes:.1f} minutes at most on {made_on(results)}"
+    minutes = [run["seconds"]["total"] / 60 for run in runs]
+    took = f"{min(minutes):.0f} to {max(minutes):.0f} minutes, beside other jobs, on"
+    below = f"`{table.command}`, {spread}. {took} {made_on(results)}"
     return grid(["held-out problems", *table.columns], rows, below)
 
 
