@@ -224,6 +224,13 @@ def rollout_values(value: ScalarModel, rollout: Rollout, size: int) -> Tensor:
     return values
 
 
+def begin_at_the_mean(value: ScalarModel, rewards: Rewards, rollout: Rollout, size: int) -> None:
+    """Move the value model's bias, so that over the tokens of a rollout it expects the mean."""
+    outcome = rewards["reward"].to(rollout.mask.device)[:, None]
+    gap = (outcome - rollout_values(value, rollout, size))[rollout.mask].mean()
+    value.head.bias.data += gap
+
+
 def estimate(
     config: Config,
     value: ScalarModel,
@@ -277,9 +284,9 @@ def ppo(
     """PPO (Schulman et al. 2017, algorithm 1). Policy and value model share nothing: each has its
     weights, its optimizer, and its gradient clipped apart.
 
-    Changes both models in place, and leaves the value model in <stage>_value.pt. `sample` and
-    `reward` are as for `train.grpo`. The reference, where there is a `beta`, is the base. Raises
-    ValueError for rewards of another shape.
+    The value model begins with the mean of the first rollout. Changes both models in place, and
+    leaves the value model in <stage>_value.pt. `sample` and `reward` are as for `train.grpo`. The
+    reference, where there is a `beta`, is the base. Raises ValueError for rewards of another shape.
     """
     optimizer, value_optimizer = train.make_optimizer(policy), train.make_optimizer(value)
     reference = base if config.beta else None
@@ -295,6 +302,8 @@ def ppo(
         problems, rollout = sample(config, policy, step)
         rewards = reward(problems, rollout, step)
         metrics.check_rewards(rewards, rollout, len(problems) * config.group_size)
+        if step == 0:  # else the trunk would learn the mean first, and lose what it knows for it
+            begin_at_the_mean(value, rewards, rollout, config.micro_batch)
         earned, values, advantages = estimate(config, value, reference, rewards, rollout)
         _, returns = gae(earned, values, rollout.mask, lam=config.value_lam)
         inputs, teaches = train.loss_inputs(objective, policy, None, rollout, advantages)

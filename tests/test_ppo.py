@@ -477,18 +477,26 @@ def config_of(**how):
     return Config(**{k: v for k, v in asdict(SMALL).items() if k not in own} | how)
 
 
-def by_level(problems, rollout, step):
-    """A reward that a value model can tell from the prompt."""
-    rewards = torch.tensor([float(problem.level == 3) for problem in problems])
-    return {"reward": rewards.repeat_interleave(len(rollout.tokens) // len(problems))}
+def of_one_word(config, policy, step):
+    """Rollouts whose rows say one word all the time: the one of id 5, or the one of id 6."""
+    problems, rollout = train.sample(config, policy, step)
+    words = 5 + torch.arange(len(rollout.tokens)).add(step) % 3 // 2
+    rollout.tokens = torch.where(rollout.mask, words[:, None], rollout.tokens)
+    return problems, rollout
 
 
-def run_ppo(config, reward=by_length, prepare=lambda policy, value: None):
+def by_word(problems, rollout, step):
+    """A reward that a value model can tell from any token but none."""
+    said = rollout.tokens[torch.arange(len(rollout.tokens)), rollout.starts]
+    return {"reward": (said == 6).float()}
+
+
+def run_ppo(config, reward=by_length, prepare=lambda policy, value: None, **how):
     """PPO from a small model; both models that came out, and the lines of the log."""
     run, policy = Unsaved(), small_model()
     base, value = copy.deepcopy(policy), room.scalar_model(policy)
     prepare(policy, value)
-    ppo(config, run, "ppo", policy, base, value, reward)
+    ppo(config, run, "ppo", policy, base, value, reward, **how)
     assert run.written["ppo_value.pt"] is value
     return policy, value, run.records
 
@@ -518,14 +526,31 @@ def test_the_value_model_learns_what_it_can_know():
     """Measured on new rollouts before they are learned from. While it warms up, the policy stays;
     a new value model is the base with a head of 0."""
     config = config_of(steps=12, prompts=8, value_warmup=12, value_lr=1e-2, eval_every=99)
-    policy, value, records = run_ppo(config, by_level)
+    policy, value, records = run_ppo(config, by_word, sample=of_one_word)
     explained = [record["explained_variance"] for record in records]
     losses = [record["value_loss"] for record in records]
-    assert explained[0] == 0 and min(explained[-3:]) > 0.7
+    assert explained[0] == pytest.approx(0, abs=1e-6) and min(explained[-3:]) > 0.7
     assert max(losses[-3:]) < losses[0] / 5
     assert equal(policy, small_model()) and not equal(value.trunk, policy)
     assert all("loss" not in record and "grad_norm" not in record for record in records)
     assert equal(room.scalar_model(policy).trunk, policy)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_a_value_model_begins_right_on_average(weight):
+    """Whatever its head: then a gift to all changes no loss, and the trunk need not learn it."""
+    losses = []
+    for gift in (0.0, 8.0):
+
+        def reward(problems, rollout, step, gift=gift):
+            return {"reward": by_length(problems, rollout, step)["reward"] + gift}
+
+        def prepare(policy, value):
+            torch.nn.init.constant_(value.head.weight, weight)
+
+        _, _, records = run_ppo(config_of(steps=1, value_lr=1e-12), reward, prepare)
+        losses.append(records[0]["value_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and 0 < losses[0] < 4
 
 
 def test_the_policy_begins_when_the_value_model_is_warm():
