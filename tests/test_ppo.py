@@ -33,7 +33,7 @@ from rlhf.ppo import (
     values_of,
     whiten,
 )
-from tests.small import SHAPE, SHAPE_FLAGS, SMALL, Unsaved, by_length, small_model
+from tests.small import SHAPE, SHAPE_FLAGS, SMALL, Unsaved, by_length, rollout_of, small_model
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 EXACTLY = {"rtol": 0, "atol": 0}
@@ -505,9 +505,9 @@ def equal(one, two):
     return all(torch.equal(x, y) for x, y in zip(one.parameters(), two.parameters(), strict=True))
 
 
-def other_value_model():
+def other_value_model(task="chains"):
     """A value model that expects something, unlike a new one."""
-    value = room.scalar_model(small_model(7))
+    value = room.scalar_model(small_model(7, task))
     generator = torch.Generator().manual_seed(0)
     value.head.weight.data.copy_(torch.randn(value.head.weight.shape, generator=generator))
     return value
@@ -760,15 +760,17 @@ def test_what_would_broadcast_or_mislead_is_refused(call, complaint):
 
 
 def test_rollouts_go_on_from_the_prefix_that_they_are_given(monkeypatch):
-    """From behind a right answer all are right; from behind a wrong answer none."""
+    """From behind a right answer all are right, from behind a wrong answer none."""
     monkeypatch.setattr(study, "ROLLOUTS", 5)
+    monkeypatch.setattr(study, "AT_ONCE", 2)
     words, problem = get_tokenizer("signs"), TASKS["signs"].ask((4, 3, 6), 7)
-    for answer, right in ((" 4 - 3 + 6", 1.0), (" 4 + 3 + 6", 0.0)):
-        text = f"<think> easy</think><answer>{answer}</answer>"
-        prefix = words.encode(text, tags=True)
-        config = Config(max_new_tokens=len(prefix) + 1)
-        rewards, share = study.rewards_from(small_model(task="signs"), problem, prefix, config, 0)
-        assert share.tolist() == [right] * 5 and set(rewards) <= {right, right + 1.0}
+    answers = (" 4 + 3 + 6", " 4 - 3 + 6", " 4 * 3", " 4 - 3 + 6")  # neither in order nor as long
+    texts = [f"<think> easy</think><answer>{answer}</answer>" for answer in answers]
+    begun = [(problem, words.encode(text, tags=True)) for text in texts]
+    config = Config(max_new_tokens=max(len(prefix) for _, prefix in begun) + 1)
+    rewards, right = study.rewards_from(small_model(task="signs"), begun, config)
+    assert right.tolist() == [[x] * 5 for x in (0.0, 1.0, 0.0, 1.0)]
+    assert ((rewards == right) | (rewards == right + 1)).all()  # if nothing follows: the format
 
 
 def test_what_is_knowable_of_a_coin_is_the_variance_of_its_bias():
@@ -779,6 +781,33 @@ def test_what_is_knowable_of_a_coin_is_the_variance_of_its_bias():
     assert found["knowable"] == pytest.approx(1 / 3, abs=0.02)
     assert found["error of a constant"] > 0.25 > 0.15 > found["error"]
     assert found["correlation"] == pytest.approx(math.sqrt(1 / 12 / (1 / 12 + 1 / 6 / 8)), abs=0.02)
+
+
+def test_each_way_for_a_value_model_to_learn_is_measured(monkeypatch):
+    """Of a policy that stays, after each rollout; then its values stand beside rollouts. Random
+    weights earn nothing: there is nothing to explain and nothing to know."""
+    for name in ("WARMUP", "HELD_OUT", "PREFIXES", "ROLLOUTS"):
+        monkeypatch.setattr(study, name, 2)
+    found = study.critics(small_model(task="signs"), config_of(task="signs", prompts=2))
+    assert found["explained"] == {name: [0.0, 0.0] for name in study.CRITICS}
+    assert found["task"] == "signs" and set(study.MEASURES) <= set(found)
+    assert found["error"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_value_along_a_thought_has_read_what_stands_before_it(monkeypatch):
+    """At each token the value of the prefix, as the value model says it of the prefix alone, and
+    rollouts that go on from there: behind a whole wrong answer, nobody is right."""
+    monkeypatch.setattr(study, "ROLLOUTS", 2)
+    value, problem = other_value_model("signs"), TASKS["signs"].ask((4, 3, 6), 7)
+    rollout = rollout_of([problem], ["<think> easy</think><answer> 4 + 3</answer>"])
+    config = Config(max_new_tokens=40)
+    found = study.along(small_model(task="signs"), value, config, problem, rollout, 0)
+    start, said = rollout.starts[0], found["tokens"]
+    for t in range(len(said)):
+        expected = value(rollout.tokens[:, : start + t])[0, -1].item()
+        assert found["value"][t] == pytest.approx(expected, abs=1e-3)
+    assert "".join(said[:-1]) == "<think> easy</think><answer> 4 + 3</answer>"
+    assert len(found["reward"]) == len(found["right"]) == len(said) and found["right"][-1] == 0
 
 
 def test_what_a_forward_pass_keeps_is_counted_without_weights():

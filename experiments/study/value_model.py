@@ -3,17 +3,19 @@ whether the value model learned anything, and what it costs.
 
     python -m experiments.study.value_model runs --task chains --seed 10      # all rows of ROWS
     python -m experiments.study.value_model runs --task signs --seed 0 --rows grpo_8 ppo_8
+    python -m experiments.study.value_model critics out/value_model/signs-seed0/grpo_8/base.pt
     python -m experiments.study.value_model examine out/value_model/signs-seed10/ppo_8
     python -m experiments.study.value_model machine out/value_model/signs-seed10/grpo_8/base.pt
     python -m experiments.study.value_model publish          # results/ppo.json, tables, picture
 
-`runs` skips what is done. `examine` rolls out from prefixes of thoughts: what the value model
-expects there can then be held against what comes. `machine` counts bytes and seconds, and `publish`
-collects.
+`runs` skips what is done. `critics` lets value models learn beside a policy that stays. `examine`
+rolls out from prefixes of thoughts: what the value model expects there can then be held against
+what comes. `machine` counts bytes and seconds, and `publish` collects.
 """
 
 import copy
 import json
+import math
 import statistics
 import sys
 import time
@@ -27,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 import train
-from data import get_tokenizer
+from data import TASKS, get_tokenizer
 from data.problem import Problem, stream
-from data.signs import tries_of
+from data.signs import Signs, tries_of
 from experiments.machine.bench import SHAPES
 from experiments.study import pictures
 from experiments.study.collect import RESULTS, ROOT, cell, grid, made_on, processor, write_into_page
@@ -63,10 +65,21 @@ ROWS = {  # the flags of each run beside these; all take 256 completions a step
     "ppo_8_unclipped": ("--value_clip", "inf"),
     "ppo_8_epochs": ("--inner_epochs", "2"),
 }
+PASSES = "two passes over a rollout"
+CRITICS = {  # whether the value model begins at the mean reward, and what else is changed
+    "as it is": (True, {}),
+    "a quarter of the learning rate": (True, {"value_lr": 5e-4}),
+    PASSES: (True, {"inner_epochs": 2}),
+    "begins at 0": (False, {}),
+    "begins at 0, no clip": (False, {"value_clip": math.inf}),
+    "begins at 0, no clip, two passes": (False, {"value_clip": math.inf, "inner_epochs": 2}),
+}
+WARMUP = 8  # rollouts that these learn from
 CHOOSING = 10  # the seed of the grid; settings are compared on others
 COMMAND = "python -m experiments.study.value_model"
 LAST = 10  # steps at the end of a run whose explained variance is averaged
-HELD_OUT, PREFIXES, ROLLOUTS = 128, 100, 64  # problems, prefixes, completions from a prefix
+HELD_OUT, PREFIXES, ROLLOUTS = 128, 80, 64  # problems, prefixes, completions from a prefix
+AT_ONCE = 4  # prefixes that are rolled out together
 DRAWN = 3  # level of the thoughts in the picture: four numbers
 TURNS = 3
 METHODS = {"GRPO": train.Config, "PPO": ppo.Config}
@@ -121,32 +134,29 @@ def run_of(folder: Path) -> dict:
 
 
 def rewards_from(
-    policy: Transformer, problem: Problem, prefix: list[int], config: ppo.Config, seed: int
+    policy: Transformer, begun: list[tuple[Problem, list[int]]], config: ppo.Config
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rewards of ROLLOUTS completions that begin with these tokens, and whether each is right.
-    A completion has no more room than it would have had anyway."""
-    tokenizer = tokenizer_of(policy)
-    how = {"group_size": ROLLOUTS, "max_new_tokens": config.max_new_tokens - len(prefix)}
-    ids = tokenizer.encode(problem.prompt) + prefix
-    rollout = generate(policy, [ids], eos_id=tokenizer.eos_id, seed=seed, **how)
-    texts = [tokenizer.decode(prefix) + rest for rest in decode_completions(rollout, tokenizer)]
-    weights = rule_weights(config.rewards)
-    rewards = [
-        sum(weight * train.RULES[name](text, problem) for name, weight in weights.items())
-        for text in texts
-    ]
-    return np.array(rewards), np.array([is_right(text, problem) for text in texts], dtype=float)
-
-
-def held_out_rollout(
-    policy: Transformer, config: ppo.Config, samples: int
-) -> tuple[list[Problem], Rollout, Tensor]:
-    """Held-out problems, `samples` completions of each, and their rewards."""
-    asked = held_out_problems(config.task, config.levels, HELD_OUT, config.seed, "value model")
-    how = {"group_size": samples, "max_new_tokens": config.max_new_tokens}
-    rollout = complete(policy, asked, seed=config.seed, **how)
-    reward = train.rules(rule_weights(config.rewards), tokenizer_of(policy))
-    return asked, rollout, reward(asked, rollout, 0)["reward"]
+    """Rollouts of problems from prefixes of a completion: their rewards, and which are right,
+    (N, ROLLOUTS) each. The prefixes go by length, a few at a time, and the longest of these says
+    how much room all have."""
+    tokenizer, weights = tokenizer_of(policy), rule_weights(config.rewards)
+    rewards, right = np.zeros((2, len(begun), ROLLOUTS))
+    order = sorted(range(len(begun)), key=lambda index: len(begun[index][1]))
+    for first in range(0, len(order), AT_ONCE):
+        part = order[first : first + AT_ONCE]
+        room = config.max_new_tokens - max(len(begun[index][1]) for index in part)
+        ids = [tokenizer.encode(begun[index][0].prompt) + begun[index][1] for index in part]
+        how = {"group_size": ROLLOUTS, "max_new_tokens": room, "first_row": first * ROLLOUTS}
+        rollout = generate(policy, ids, eos_id=tokenizer.eos_id, seed=config.seed, **how)
+        for row, rest in enumerate(decode_completions(rollout, tokenizer)):
+            index, column = part[row // ROLLOUTS], row % ROLLOUTS
+            problem, prefix = begun[index]
+            text = tokenizer.decode(prefix) + rest
+            right[index, column] = is_right(text, problem)
+            rewards[index, column] = sum(
+                weight * train.RULES[name](text, problem) for name, weight in weights.items()
+            )
+    return rewards, right
 
 
 def against_rollouts(values: np.ndarray, rewards: np.ndarray) -> dict:
@@ -174,34 +184,67 @@ def calibration(policy: Transformer, value: ScalarModel, config: ppo.Config) -> 
     values = rollout_values(value, rollout, config.micro_batch)
     returns = reward(asked, rollout, 0)["reward"][:, None].expand_as(values)
     places = rollout.mask.nonzero().tolist()
-    rng = stream(config.seed, "prefixes")
-    places = rng.sample(places, min(PREFIXES, len(places)))
-    rewards = []
-    for row, column in places:
-        prefix = rollout.tokens[row, rollout.starts[row] : column].tolist()
-        rewards.append(rewards_from(policy, asked[row], prefix, config, rng.getrandbits(63))[0])
-    found = against_rollouts(
-        np.array([values[row, t].item() for row, t in places]), np.array(rewards)
-    )
+    places = stream(config.seed, "prefixes").sample(places, min(PREFIXES, len(places)))
+    begun = [
+        (asked[row], rollout.tokens[row, rollout.starts[row] : t].tolist()) for row, t in places
+    ]
+    rewards, _ = rewards_from(policy, begun, config)
+    found = against_rollouts(np.array([values[row, t].item() for row, t in places]), rewards)
     explained = explained_variance(values, returns, rollout.mask)
     return {"explained variance": explained.item(), **{name: float(x) for name, x in found.items()}}
 
 
+def critics(policy: Transformer, config: ppo.Config) -> dict:
+    """What a value model knows of this policy after each of WARMUP rollouts, in each of several
+    ways to learn. Explained variances are of held-out problems. Values of PASSES are held against
+    rollouts."""
+    reward = train.rules(rule_weights(config.rewards), tokenizer_of(policy))
+
+    def rewarded(problems: list[Problem], rollout: Rollout) -> tuple[Rollout, Tensor, dict]:
+        rewards = reward(problems, rollout, 0)
+        returns = rewards["reward"][:, None].expand(rollout.mask.shape)
+        return rollout, returns, rewards
+
+    learned = [rewarded(*train.sample(config, policy, step)) for step in range(WARMUP)]
+    asked = held_out_problems(config.task, config.levels, HELD_OUT, config.seed, "critics")
+    how = {"group_size": 4, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    held_out, came, _ = rewarded(asked, complete(policy, asked, **how))
+    found, models = {name: [] for name in CRITICS}, {}
+    for name, (at_the_mean, settings) in CRITICS.items():
+        now, value = replace(config, **settings), models.setdefault(name, scalar_model(policy))
+        optimizer = train.make_optimizer(value)
+        if at_the_mean:
+            ppo.begin_at_the_mean(value, learned[0][2], learned[0][0], config.micro_batch)
+        for step, (rollout, returns, _) in enumerate(learned):
+            before = rollout_values(value, rollout, config.micro_batch)
+            lr = train.learning_rate(now.value_lr, step, config.steps, **ppo.RATES)
+            for rows in train.minibatches(now, step, len(returns)):
+                ppo.add_value_gradient(now, value, rollout, before, returns, rows)
+                train.optimizer_step(value, optimizer, lr, config.max_grad_norm)
+            values = rollout_values(value, held_out, config.micro_batch)
+            found[name].append(explained_variance(values, came, held_out.mask).item())
+    return {"explained": found, **looked_at(policy, models[PASSES], config)}
+
+
 def thoughts(policy: Transformer, value: ScalarModel, config: ppo.Config) -> list[dict]:
     """Two completions of held-out problems token by token, with the value before each token and
-    what rollouts from there earn: the first right one of three tries or four, and the first wrong
-    one of as many."""
+    what rollouts from there earn: of the right ones with up to four tries the one with most, and of
+    the wrong ones."""
     asked = held_out_problems(config.task, [DRAWN], HELD_OUT, config.seed, "thoughts")
     rollout = complete(policy, asked, max_new_tokens=config.max_new_tokens, seed=config.seed)
-    tokenizer, found = tokenizer_of(policy), {}
-    for row, text in enumerate(decode_completions(rollout, tokenizer)):
-        if len(tries_of(asked[row], text)) in (3, 4) and rollout.finished[row]:
-            found.setdefault(bool(is_right(text, asked[row])), row)
-    return [
-        along(policy, value, config, asked[found[right]], rollout, found[right])
-        for right in (True, False)
-        if right in found
-    ]
+    texts = decode_completions(rollout, tokenizer_of(policy))
+    tries = [len(tries_of(problem, text)) for problem, text in zip(asked, texts)]
+    found = []
+    for right in (True, False):
+        rows = [
+            row
+            for row, text in enumerate(texts)
+            if rollout.finished[row] and tries[row] <= 4 and is_right(text, asked[row]) == right
+        ]
+        if rows:
+            row = max(rows, key=tries.__getitem__)
+            found.append(along(policy, value, config, asked[row], rollout, row))
+    return found
 
 
 def along(
@@ -217,16 +260,15 @@ def along(
     said = tokens[rollout.starts[row] :].tolist()
     with torch.no_grad():
         values = values_of(value, tokens[None])[0, rollout.starts[row] :].tolist()
-    earned = [
-        rewards_from(policy, problem, said[:t], config, config.seed + t) for t in range(len(said))
-    ]
+    begun = [(problem, said[:t]) for t in range(len(said))]
+    rewards, right = (x.mean(axis=1) for x in rewards_from(policy, begun, config))
     decode = tokenizer_of(policy).decode
     return {
         "problem": problem.expression,
         "tokens": [decode([token]) for token in said],
         "value": [round(x, 4) for x in values],
-        "reward": [round(float(rewards.mean()), 4) for rewards, _ in earned],
-        "right": [round(float(right.mean()), 4) for _, right in earned],
+        "reward": [round(x, 4) for x in rewards.tolist()],
+        "right": [round(x, 4) for x in right.tolist()],
     }
 
 
@@ -238,9 +280,12 @@ def examine(folder: Path) -> dict:
     set_up(config)
     policy = load_policy(folder / "ppo.pt")
     value = load_model(folder / "ppo_value.pt", kind=ScalarModel)
-    found = {"task": config.task, "seed": config.seed, "row": folder.name}
-    found |= calibration(policy, value, config)
-    if config.task == "signs":
+    return {"row": folder.name, **looked_at(policy, value, config)}
+
+
+def looked_at(policy: Transformer, value: ScalarModel, config: ppo.Config) -> dict:
+    found = {"task": config.task, "seed": config.seed, **calibration(policy, value, config)}
+    if isinstance(TASKS[config.task], Signs):
         found["thoughts"] = thoughts(policy, value, config)
     return found
 
@@ -472,7 +517,28 @@ def costs_table(results: dict) -> str:
     return grid(head, rows, below)
 
 
-TABLES = {"grid": grid_table, "seeds": seeds_table, "values": values_table, "costs": costs_table}
+def critics_table(results: dict) -> str:
+    """The explained variance of each way to learn, after 2, 4 and 8 rollouts."""
+    found = results["critics"]
+    rows = [
+        [name, *(f"{each[n - 1]:.2f}" for n in (2, 4, 8))]
+        for name, each in found["explained"].items()
+    ]
+    below = (
+        f"`{COMMAND} critics BASE --seed {found['seed']}`: rollouts of {found['task']}'s base, 256 "
+    )
+    below += f"completions each; {HELD_OUT} held-out problems, 4 completions of each. Knowable: "
+    below += f"{found['knowable']:.2f}. {made_on(results)}"
+    return grid(["the value model", *(f"after {n} rollouts" for n in (2, 4, 8))], rows, below)
+
+
+TABLES = {
+    "critics": critics_table,
+    "grid": grid_table,
+    "seeds": seeds_table,
+    "values": values_table,
+    "costs": costs_table,
+}
 
 
 def publish(folder: Path) -> None:
@@ -490,6 +556,7 @@ def publish(folder: Path) -> None:
         "torch": version("torch"),
         "runs": [run_of(run) for run in ended],
         "examined": examined,
+        "critics": json.loads((folder / "critics.json").read_text()),
         "costs": json.loads((folder / "costs.json").read_text()),
         "thoughts": drawn[:2],
     }
@@ -512,6 +579,9 @@ def main(arguments: list[str]) -> None:
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="of the grid [all]")
     add("--init", type=Path, help="a base model [the one that grpo_8 pretrains]")
     add("--lanes", type=int, default=1, help="runs at a time [1]")
+    add = commands.add_parser("critics", help="ways for a value model to learn").add_argument
+    add("model", type=Path, help="a model file, the policy")
+    add("--seed", type=int, default=CHOOSING, help=f"[{CHOOSING}]")
     add = commands.add_parser("examine", help="RUN/value.json").add_argument
     add("run", type=Path, help="folder of a run of rlhf.ppo that has ended")
     add = commands.add_parser("machine", help="bytes and seconds").add_argument
@@ -522,6 +592,12 @@ def main(arguments: list[str]) -> None:
         if flags.command == "runs":
             folder = (OUT / f"{flags.task}-seed{flags.seed}").absolute()
             do(jobs(folder, flags.task, flags.seed, flags.rows, flags.init), flags.lanes)
+        elif flags.command == "critics":
+            torch.set_num_threads(1)
+            policy = load_policy(flags.model)
+            config = ppo.Config(task=policy.config.task, seed=flags.seed).filled()
+            OUT.mkdir(parents=True, exist_ok=True)
+            (OUT / "critics.json").write_text(json.dumps(critics(policy, config)) + "\n")
         elif flags.command == "examine":
             found = json.dumps(examine(flags.run)) + "\n"
             write_whole(flags.run / "value.json", found.encode())
