@@ -11,6 +11,8 @@ KL is nearest to --nats.
 
 import re
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -79,6 +81,15 @@ def costs(sft: Transformer, reward: ScalarModel) -> dict[str, dict[str, int]]:
     }
 
 
+def clocked(run: Run, stage: str, learn: Callable[[], Transformer]) -> tuple[Transformer, dict]:
+    """What a stage makes, and the CPU seconds that it took; None for a stage that was stopped and
+    went on, which no clock saw whole."""
+    whole, began = not run.stopped and stage not in run.ended, time.process_time()
+    policy = learn()
+    taken = time.process_time() - began
+    return policy, run.once(f"{stage}_seconds", lambda: {"cpu": taken if whole else None})
+
+
 def compare(config: Config, run: Run) -> None:
     """What all start from; each method, and the points of its path; each at one KL."""
     at = start(config, run)
@@ -93,9 +104,10 @@ def compare(config: Config, run: Run) -> None:
         "grpo_rule": partial(by_grpo, free, score=with_rule(score, config.rule)),
     }
     for stage, learn in stages.items():
-        policy = learn(run, stage, at)
+        policy, seconds = clocked(run, stage, partial(learn, run, stage, at))
         by = judge(worse) if stage == "grpo_fewer" else score
-        found[stage] = run.once(stage, partial(path, config, run, stage, at.sft, by))
+        walked = run.once(stage, partial(path, config, run, stage, at.sft, by))
+        found[stage] = walked | {"seconds": seconds["cpu"]}
         if stage == "dpo":  # the step that held-out pairs chose
             chosen = partial(point, config, policy, at.sft, score)
             found["dpo_chosen"] = run.once("dpo_chosen", chosen)

@@ -67,7 +67,8 @@ def test_a_search_walks_a_path_for_each_setting(tmp_path, monkeypatch, capsys):
 
 
 def path_of(seed, last):
-    return {"points": [at(0, 0.0, 1.0), at(3, 2.0, 2.0 + seed), at(6, last, -3.0, proxy=1.5)]}
+    points = [at(0, 0.0, 1.0), at(3, 2.0, 2.0 + seed), at(6, last, -3.0, proxy=1.5)]
+    return {"points": points, "seconds": 7.0 if seed else None}
 
 
 def run_folder(folder, program, result, **settings):
@@ -120,7 +121,7 @@ def test_the_tables_tell_the_numbers_of_the_runs(folders):
     row = "1.50 (1.00 to 2.00) | 2.00 (2.00 to 2.00) | -4.00 (-4.00 to -4.00) | 1.50 (1.50 to 1.50)"
     assert f"| GRPO, no KL | {row} |" in pushed
     assert "| GRPO | `lr` 2 | 3 | 1.90 | 0.50 | 4.00 | chosen |" in rlhf_tables.searched(results)
-    assert "| DPO | 2 | 1 | 3.0 | 0 | 100 |" in rlhf_tables.costs(results)
+    assert "| DPO | 2 | 1 | 3.0 | 0 | 100 | 7.00 |" in rlhf_tables.costs(results)
     shown = rlhf_tables.samples(results)
     assert "User: say hello to me\nAssistant: 9.0\n" in shown and "judge 1.50, gold -3.0" in shown
 

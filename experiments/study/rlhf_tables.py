@@ -87,6 +87,7 @@ def published(judges: list[Path], compared: list[Path], searched: list[Path]) ->
             seed[f"{stage}_end"] = result[stage]["points"][-1]["said"]
         for stage in PUSHED:
             seed[stage] = without_samples(result[stage]["points"])
+        seed["seconds"] = {stage: result[stage]["seconds"] for stage in METHODS}
         for stage in METHODS:
             seed[f"{stage}_close"] = result[f"{stage}_close"]
         seeds.append(seed | {"dpo_chosen": without_samples([result["dpo_chosen"]])[0]})
@@ -178,13 +179,16 @@ def costs(results: dict) -> str:
         "grpo by rules": ("as GRPO", "0"),
     }
     names = NAMES | {"best_of_n": "best of n", "grpo by rules": "GRPO by rules (R1-Zero)"}
-    rows = [
-        [names[name], str(x["models"]), str(x["trained"]), f"{x['bytes'] / 1e6:.1f}", *asks[name]]
-        for name, x in held.items()
-    ]
+    rows = []
+    for name, x in held.items():
+        took = [seed["seconds"].get(name) for seed in results["seeds"]]
+        took = [seconds for seconds in took if seconds is not None]
+        cells = [str(x["models"]), str(x["trained"]), f"{x['bytes'] / 1e6:.1f}", *asks[name]]
+        rows.append([names[name], *cells, spread(took) if took else "-"])
     head = ["", "models held", "of them trained", "MB", "completions sampled", "pairs judged"]
     below = "MB: float32 weights, gradients and AdamW's moments of these models, counted."
-    return grid(head, rows, f"{below} No activations. No reference for GRPO by rules.")
+    below += " No activations. GRPO by rules has no reference here."
+    return grid([*head, "CPU seconds"], rows, f"{below} {made_on(results)}")
 
 
 def over_optimised(results: dict) -> str:
