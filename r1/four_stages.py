@@ -66,6 +66,7 @@ class Config(reward_model.Config):
 
 
 RULES = {"accuracy": 1.0, "format": 1.0}  # R1-Zero's
+TESTED = 1000  # new pairs of each kind that the judge is measured on
 ASKED = 256  # problems, to see what a model gets right and readable by itself
 SPOKEN = RULES | {"language": 1.0}  # from stage 2 on
 
@@ -97,8 +98,8 @@ def agreement(config: Config, model: ScalarModel, asked: Transformer) -> dict:
     """The share of people's choices that the reward model agrees with, on new pairs."""
     how = {"noise": config.noise, "limit": config.max_new_tokens, "seed": config.seed}
     drawn = {
-        "new": sample_pairs(asked, 1000, purpose="new pairs", **how),
-        "held-out": sample_pairs(asked, 1000, purpose="held-out pairs", held_out=True, **how),
+        "new": sample_pairs(asked, TESTED, purpose="new pairs", **how),
+        "held-out": sample_pairs(asked, TESTED, purpose="held-out pairs", held_out=True, **how),
     }
     return compare(config, {"reward": partial(all_scores, model)}, drawn)
 

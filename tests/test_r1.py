@@ -1,0 +1,337 @@
+"""R1's stages at a tiny size, and what each part of them promises."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data import TASKS, get_tokenizer
+from data.batches import padded
+from data.chains import work
+from data.problem import sample_problems, stream
+from kit.run import Run, open_run
+from r1 import four_stages as job
+from r1.distill import rollouts_for, teacher_costs
+from r1.four_stages import Config, asked_of_all, rules_or_judge
+from r1.lessons import ROWS, batches, curated, lessons, tokens_of, written
+from r1.measure import SIGNS, head, line, readable, signs
+from rlhf import preferences
+from sample import Rollout
+from tests.small import SHAPE, rollout_of, small_model
+
+CHAINS, REQUESTS = TASKS["chains-en-ko"], TASKS["requests"]
+words = get_tokenizer("world")
+ENGLISH = CHAINS.ask("7 + 8 - 3", "en")
+KOREAN = CHAINS.ask("7 + 8 - 3", "ko")
+CLEAN = "<think>\n#1 7 plus 8 is 15\n#2 15 minus 3 is 12</think><answer> 12</answer>"
+KLAR = "<think>\n#1 7 더하기 8 은 15\n#2 15 빼기 3 은 12</think><answer> 12</answer>"
+
+
+def small_config(**changes):
+    settings = {"preset": "tiny", "max_level": 2, "pretrain_steps": 3, "max_new_tokens": 24}
+    settings |= {"steps": 2, "cold_documents": 200, "cold_steps": 240, "reasoning_steps": 2}
+    settings |= {"curated": 20, "sft_steps": 3, "sft_lr": 1e-2, "pairs": 100, "all_steps": 2}
+    settings |= {"student_layers": 1, "student_width": 8, "student_steps": 3, "distill_steps": 3}
+    settings |= {
+        "prompts": 4,
+        "group_size": 4,
+        "eval_problems": 8,
+        "min_lead": 0.1,
+        "reward_batch": 8,
+    }
+    return Config(**settings | SHAPE | {"d_model": 32, "d_ff": 48} | changes).filled()
+
+
+def test_readable_is_each_step_in_order_and_nothing_else():
+    """In the language of the question. A wrong result is readable; accuracy sees to it."""
+    assert readable(ENGLISH, CLEAN) and readable(KOREAN, KLAR)
+    assert readable(ENGLISH, CLEAN.replace("12", "11"))
+    one = CHAINS.ask("7 + 8", "en")
+    assert readable(one, "<think>\n#1 7 plus 8 is 15</think><answer> 15</answer>")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " 12",
+        "<think> 15 12</think><answer> 12</answer>",  # a scribble
+        CLEAN.replace("\n#2 15 minus 3 is 12", ""),  # a step is missing
+        CLEAN.replace("minus 3", "minus 4"),  # another problem
+        CLEAN.replace("#2 15", "#2 14"),  # not from where the first step ended
+        CLEAN.replace("#2", "#3"),
+        CLEAN.replace("plus", "더하기"),  # two languages
+        CLEAN.replace("is 15", "is 15 ok"),
+        CLEAN + " bye for now!",
+        " sure!" + CLEAN,
+        CLEAN.replace("<think>", "").replace("</think>", ""),
+        CLEAN.replace("</think>", "\n#3 12 plus 1 is 13</think>"),
+        "<think>\n#2 15 minus 3 is 12\n#1 7 plus 8 is 15</think><answer> 12</answer>",
+        KLAR,  # of the English question
+    ],
+)
+def test_what_is_not_readable(text):
+    assert not readable(ENGLISH, text)
+
+
+def test_documents_of_the_cold_start_are_readable_and_right():
+    """In both languages, and none is held out."""
+    config = small_config(max_level=4)
+    rows = written(config, words, 40)
+    asked = sample_problems(stream(0, "cold start"), TASKS["world"], config.levels, 40)
+    assert len(rows) == 40 and {problem.language for problem in asked} == {"en", "ko"}
+    texts = [words.decode(ids[:-1]) for _, ids in rows]
+    for start, ids in rows:
+        assert ids[-1] == words.eos_id and words.decode(ids[:start]).endswith("Assistant:")
+    for text in texts:
+        question, _, completion = text.partition("Assistant:")
+        problem = CHAINS.parse(question.removeprefix("User: ").strip())
+        assert readable(problem, completion) and f"<answer> {problem.answer}<" in completion
+
+
+class Said:
+    """In place of `answer_problems`: every third problem is never answered right and readably."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, model, problems, samples, **how):
+        self.asked = problems
+        return [
+            [(self.say(problem, i, j), 9) for j in range(samples)]
+            for i, problem in enumerate(problems)
+        ]
+
+    def say(self, problem, i, j):
+        languages = [problem.language] * problem.level
+        thought, answer = work(stream(0, "work"), problem, languages, slip=0.0, checked=False)
+        good = f"<think>{thought}</think><answer> {answer}</answer>"
+        if i % 3 == 0 or j == 0:
+            return good.replace("#1", "") if i % 2 else good.replace("<answer> ", "<answer> 1")
+        return good
+
+
+def test_stage_3_has_three_rows_of_reasoning_to_one_curated(monkeypatch):
+    """Each problem once, and only what is right and readable."""
+    said = Said()
+    monkeypatch.setattr("r1.lessons.answer_problems", said)
+    rows = lessons(small_config(curated=24), small_model(task="world"))
+    assert len(said.asked) == 72 and len(rows) == 48 + 16
+    texts = [words.decode(ids) for _, ids in rows]
+    reasoning = [text for text in texts if "<think>" in text]
+    assert len(reasoning) == 48 and all("<think>" not in text for text in texts[48:])
+    for text in reasoning:
+        question, _, completion = text.partition("Assistant:")
+        problem = CHAINS.parse(question.removeprefix("User: ").strip())
+        completion = completion.removesuffix("<eos>")
+        assert readable(problem, completion) and f"<answer> {problem.answer}<" in completion
+    assert rows[48:] == curated(small_config(), words, 16)
+
+
+def test_stage_3_without_any_reasoning_is_refused():
+    with pytest.raises(ValueError, match=r"0 of 60 problems .* more --reasoning_steps would give"):
+        lessons(small_config(), small_model(task="world"))
+
+
+def test_fine_tuning_sees_each_row_once_in_an_epoch():
+    """In another order each time; `tokens_of` counts what is predicted."""
+    rows = [(2, [i, i, *[7] * (i % 5 + 1)]) for i in range(ROWS + 8)]
+    batch = batches(rows, 0, "dev1", 0)
+    orders, counted = [], 0
+    for epoch in range(2):
+        parts = [batch(2 * epoch + i) for i in (0, 1)]
+        orders.append([row[0].item() for tokens, _, _ in parts for row in tokens])
+        counted += sum(int(mask.sum()) for _, mask, _ in parts)
+        assert [len(tokens) for tokens, _, _ in parts] == [ROWS, 8]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(ROWS + 8))
+    assert orders[0] != orders[1] and counted == tokens_of(rows, 4)
+
+
+def test_requests_are_asked_in_the_last_part_of_stage_4_alone():
+    config = replace(small_config(prompts=8, judged_from=0.75, request_share=0.25), steps=8)
+    for step in range(8):
+        tasks = [problem.task for problem in asked_of_all(config, step)]
+        late = 2 if step >= 6 else 0
+        assert tasks == ["chains-en-ko"] * (8 - late) + ["requests"] * late
+    everything = replace(config, judged_from=0.0, request_share=1.0)
+    assert {problem.task for problem in asked_of_all(everything, 0)} == {"requests"}
+
+
+def test_chains_have_rules_and_requests_the_judge():
+    """Neither is asked about the other's problems. The sum is the reward."""
+    request, chain = REQUESTS.ask("about", 7, "en"), ENGLISH
+    texts = [" sure!", " no.", CLEAN, " 12", " wow!", " 7 is odd."]
+    parts = [
+        rollout_of_world([p], texts[2 * i : 2 * i + 2])
+        for i, p in enumerate((request, chain, request))
+    ]
+    width = max(part.tokens.shape[1] for part in parts)
+    rows = [row for part in parts for row in rows_of(part)]
+    tokens, mask, _ = padded(rows, words.eos_id)
+    assert tokens.shape[1] == width
+    zeros = torch.zeros(tokens.shape)
+    rollout = Rollout(tokens, mask, zeros, zeros, torch.ones(6, dtype=torch.bool))
+    seen = {"rules": [], "judge": []}
+
+    def told(name, first):
+        def reward(problems, part, step):
+            ends = [
+                words.decode(x[s : e - 1])
+                for x, s, e in zip(part.tokens.tolist(), part.starts, part.ends)
+            ]
+            seen[name] += [(problem.task, step) for problem in problems] + ends
+            return {"reward": first + torch.arange(float(len(ends)))}
+
+        return reward
+
+    found = rules_or_judge(told("rules", 10.0), told("judge", 20.0))(
+        [request, chain, request], rollout, 5
+    )
+    assert found["rules"].tolist() == [0, 0, 10, 11, 0, 0]
+    assert found["judge"].tolist() == [20, 21, 0, 0, 22, 23]
+    assert found["reward"].tolist() == [20, 21, 10, 11, 22, 23]
+    assert seen["rules"] == [("chains-en-ko", 5), CLEAN, " 12"]
+    assert seen["judge"] == [("requests", 5)] * 2 + [" sure!", " no.", " wow!", " 7 is odd."]
+
+
+def rows_of(part):
+    return [
+        (s, ids[:e])
+        for ids, s, e in zip(part.tokens.tolist(), part.starts.tolist(), part.ends.tolist())
+    ]
+
+
+def rollout_of_world(problems, texts):
+    problems = [replace(problem, task="world") for problem in problems]  # the words of both
+    return rollout_of(problems, texts)
+
+
+def test_grpo_of_the_student_gets_about_as_many_tokens():
+    config = small_config(distill_steps=100, prompts=4, group_size=4)
+    rows = [(2, [0] * 12) for _ in range(ROWS * 3)]
+    assert tokens_of(rows, 100) == 100 * ROWS * 10
+    assert rollouts_for(config, rows) == 100 * ROWS // 16
+    found = {name: {"tokens": 2, "seconds": 3} for name in ("base", "dev1", "dev2", "dev3")}
+    assert teacher_costs(found) == {"tokens": 6, "seconds": 9}
+
+
+STAGES = [
+    "base",
+    "r1_zero",
+    "dev1",
+    "dev2",
+    "dev3",
+    "r1",
+    "student_base",
+    "student",
+    "student_grpo",
+]
+
+
+def as_in_the_paper():
+    names = ("right", "readable", "korean", "gold_held_out")
+    rows = {
+        "base": (0.2, 0, 0, 0), "r1_zero": (0.9, 0, 0, 0), "dev1": (0.5, 0.6, 0.6, 0),
+        "dev2": (0.9, 1, 1, 0), "dev3": (0.9, 1, 1, 1), "r1": (0.91, 1, 1, 2),
+        "student": (0.8, 1, 1, 1), "student_grpo": (0.5, 1, 1, 0),
+    }  # fmt: skip
+    return {stage: dict(zip(names, row)) for stage, row in rows.items()}
+
+
+def test_signs_are_seen_where_they_are_and_not_elsewhere():
+    """Where all stages are the same, no difference is seen."""
+    assert all(signs(as_in_the_paper()).values()) and len(SIGNS) == 9
+    same = dict.fromkeys(as_in_the_paper(), as_in_the_paper()["base"])
+    seen = [text for text, found in signs(same).items() if found]
+    assert len(seen) == 2 and all("as often as" in text for text in seen)
+
+
+def run_job(config):
+    with open_run(config, "-m r1.four_stages") as run:
+        job.four_stages(config, run)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_requests():
+    """The sizes of evaluation that no flag has."""
+    with pytest.MonkeyPatch.context() as patch:
+        asked = preferences.requests
+        few = lambda count, *how: asked(min(count, 100), *how)  # noqa: E731
+        patch.setattr(preferences, "requests", few)
+        patch.setattr(job, "ASKED", 16)
+        patch.setattr(job, "TESTED", 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run_job(small_config(out=str(folder)))
+    return folder, printed.getvalue()
+
+
+def test_the_job_writes_a_file_for_each_stage_and_a_table(whole):
+    folder, printed = whole
+    found = json.loads((folder / "result.json").read_text())
+    assert list(found["stages"]) == STAGES
+    assert head() in printed
+    for stage, row in found["stages"].items():
+        assert (folder / f"{stage}.pt").is_file()
+        assert line(stage, row) in printed and row["tokens"] > 0
+        assert all(math.isfinite(x) for x in row.values())
+    assert (folder / "reward.pt").is_file() and set(found["signs"]) == set(SIGNS)
+    samples = (folder / "samples.txt").read_text()
+    assert samples in printed and "User: tell me about 17" in samples
+    assert samples.count("[r1: ") == samples.count("[student_grpo: ") == 2
+
+
+def test_the_log_tells_what_the_judge_gave(whole):
+    """In the second of two rollouts of stage 4; without a KL there is none in stage 2."""
+    records = [json.loads(x) for x in (whole[0] / "log.jsonl").read_text().splitlines()]
+    r1 = [record for record in records if record["stage"] == "r1"]
+    assert r1[0]["judge"] == 0 and r1[0]["judge_std"] == 0 and r1[1]["judge_std"] > 0
+    assert "kl" in r1[0] and "language" not in r1[0]
+    for stage, rule in (("r1_zero", False), ("dev2", True), ("student_grpo", True)):
+        of_stage = [record for record in records if record["stage"] == stage]
+        assert of_stage and all(("language" in x) is rule and "judge" not in x for x in of_stage)
+
+
+def untimed(lines):
+    return [
+        {name: x for name, x in json.loads(each).items() if not name.endswith("seconds")}
+        for each in lines.splitlines()
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["r1_zero", "dev1", "dev2", "dev3", "reward", "r1", "student"])
+def test_a_stopped_job_goes_on_to_the_same_bits(stage, whole, tmp_path, monkeypatch, capsys):
+    """Stopped by SIGINT in a stage, and called again."""
+    config = small_config(out=str(tmp_path / "run"))
+
+    def stop(self, record):
+        if self.stage == stage and not stopped:
+            stopped.append(stage)
+            os.kill(os.getpid(), signal.SIGINT)
+        log(self, record)
+
+    log, stopped = Run.log, []
+    monkeypatch.setattr(Run, "log", stop)
+    with pytest.raises(SystemExit):
+        run_job(config)
+    monkeypatch.setattr(Run, "log", log)
+    assert stopped == [stage] and "To go on" in capsys.readouterr().err
+    run_job(replace(config, resume=config.out))
+    for name in (*(f"{stage}.pt" for stage in (*STAGES, "reward")), "log.jsonl", "samples.txt"):
+        one, other = ((folder / name).read_bytes() for folder in (tmp_path / "run", whole[0]))
+        if name == "log.jsonl":  # all but the seconds
+            one, other = (untimed(lines) for lines in (one, other))
+        assert one == other, name
