@@ -15,28 +15,21 @@ Dev1 to Dev3 are the paper's names (Nature 645, fig. 2). Each stage writes <out>
 import copy
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
-import torch
-
 import train
-from data import TASKS
-from data.problem import Problem, sample_problems, stream
-from data.requests import HELD_OUT
 from kit import flags
-from kit.evaluate import compare_samples, held_out_problems, share
-from kit.metrics import Rewards
 from kit.run import Run, open_run
 from model import ScalarModel, Transformer
-from r1.distill import rollouts_for, student_base, teacher_costs
-from r1.lessons import fine_tune, kept, lessons, tokens_of, written
-from r1.measure import head, line, measure, sampled_tokens, signs
+from r1.distill import rollouts_for, student_base
+from r1.for_all import rules_or_judge, sample_for_all
+from r1.lessons import fine_tune, lessons, tokens_of, written
+from r1.table import Table, finish
 from rlhf import reward_model, scalar_model
-from rlhf.preferences import REQUESTS, sample_pairs
-from rlhf.reward_model import all_scores, clear, compare, fit
-from rlhf.reward_model import judge as judge_of
-from sample import Rollout, complete, tokenizer_of
+from rlhf.preferences import rows_of, sample_pairs
+from rlhf.reward_model import clear, fit
+from rlhf.reward_model import judge as judged_by
+from sample import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +59,6 @@ class Config(reward_model.Config):
 
 
 RULES = {"accuracy": 1.0, "format": 1.0}  # R1-Zero's
-TESTED = 1000  # new pairs of each kind that the judge is measured on
-ASKED = 256  # problems, to see what a model gets right and readable by itself
 SPOKEN = RULES | {"language": 1.0}  # from stage 2 on
 
 # ------------------------------------------------------------------------------------- the stages
@@ -88,20 +79,9 @@ def learn_judge(config: Config, run: Run, base: Transformer, asked: Transformer)
     answers of the model that is asked."""
     how = {"noise": config.noise, "limit": config.max_new_tokens, "seed": config.seed}
     pairs = sample_pairs(asked, config.pairs, purpose="pairs", **how)
-    answers = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
     model = scalar_model(base)
-    fit(config, run, "reward", model, clear(config, pairs), answers)
+    fit(config, run, "reward", model, clear(config, pairs), rows_of(pairs))
     return model
-
-
-def agreement(config: Config, model: ScalarModel, asked: Transformer) -> dict:
-    """The share of people's choices that the reward model agrees with, on new pairs."""
-    how = {"noise": config.noise, "limit": config.max_new_tokens, "seed": config.seed}
-    drawn = {
-        "new": sample_pairs(asked, TESTED, purpose="new pairs", **how),
-        "held-out": sample_pairs(asked, TESTED, purpose="held-out pairs", held_out=True, **how),
-    }
-    return compare(config, {"reward": partial(all_scores, model)}, drawn)
 
 
 def rl_for_all(
@@ -109,83 +89,23 @@ def rl_for_all(
 ) -> Transformer:
     """Stage 4: rules where there are rules, the judge where there are none, and a KL to `start`."""
     policy = copy.deepcopy(start)
-    reward = rules_or_judge(train.rules(SPOKEN, tokenizer_of(policy)), judge_of(judge))
+    reward = rules_or_judge(SPOKEN, tokenizer_of(policy), judged_by(judge))
     config = replace(config, steps=config.all_steps, beta=config.all_beta)
     train.grpo(config, run, stage, policy, start, reward, sample=sample_for_all)
     return policy
 
 
-def asked_of_all(config: Config, step: int) -> list[Problem]:
-    """The problems of a step of stage 4: chains; in the last part of the steps also requests. The
-    paper's stage 4 has general prompts, and their reward, in the last 400 of 1,700 steps."""
-    late = step >= config.judged_from * config.steps
-    count = round(config.request_share * config.prompts) if late else 0
-    rng, rest = stream(config.seed, "problems for all", step), config.prompts - count
-    levels = (config.levels, REQUESTS.levels[:1])
-    chains = sample_problems(rng, TASKS[config.task], levels[0], rest, first=step * rest)
-    return chains + sample_problems(rng, REQUESTS, levels[1], count, first=step * count)
-
-
-def sample_for_all(config: Config, policy: Transformer, step: int) -> tuple[list[Problem], Rollout]:
-    """As `train.sample`, of the problems of stage 4."""
-    problems = asked_of_all(config, step)
-    names = ("group_size", "max_new_tokens", "temperature")
-    how = {name: getattr(config, name) for name in names}
-    how["seed"] = stream(config.seed, "rollout for all", step).getrandbits(63)
-    return problems, complete(policy, problems, **how)
-
-
-def rules_or_judge(rules: train.Reward, judged: train.Reward) -> train.Reward:
-    """Rules where a problem has a rule, else the judge. "reward" is the sum of "rules" and "judge";
-    each is 0 where it has no say, so the judge never sees a chain."""
-
-    def reward(problems: list[Problem], rollout: Rollout, step: int) -> Rewards:
-        B, G = len(rollout.tokens), len(rollout.tokens) // len(problems)
-        parts = {"rules": torch.zeros(B), "judge": torch.zeros(B)}
-        has_rule = [problem.is_right("") is not None for problem in problems]
-        for name, of_part, wanted in (("rules", rules, True), ("judge", judged, False)):
-            asked = [i for i, has in enumerate(has_rule) if has == wanted]
-            if asked:
-                rows = (G * torch.tensor(asked)[:, None] + torch.arange(G)).flatten()
-                fields = (rollout.tokens, rollout.mask, rollout.logps, rollout.entropy)
-                part = Rollout(*(x[rows] for x in (*fields, rollout.finished)))
-                parts[name][rows] = of_part([problems[i] for i in asked], part, step)["reward"]
-        return {"reward": parts["rules"] + parts["judge"], **parts}
-
-    return reward
-
-
 # ---------------------------------------------------------------------------------------- the job
-
-
-class Stages:
-    """The models of a job, and the rows of its table: each is measured once, and printed."""
-
-    def __init__(self, config: Config, run: Run):
-        self.config, self.run = config, run
-        self.models: dict[str, Transformer] = {}
-        self.found: dict[str, dict[str, float]] = {}
-
-    def add(self, stage: str, model: Transformer, tokens: int | None = None) -> Transformer:
-        """`tokens` are what imitation learned from. Where there are none, the log says what GRPO
-        sampled."""
-        if tokens is None:
-            rows = self.config.prompts * self.config.group_size
-            tokens = sampled_tokens(self.run.folder, stage, rows)
-        found = self.run.once(stage, lambda: measure(self.config, model))
-        found = found | {"tokens": tokens, "seconds": self.run.seconds[stage]}
-        self.models[stage], self.found[stage] = model, found
-        print("\n".join([head()] * (len(self.found) == 1) + [line(stage, found)]), flush=True)
-        return model
 
 
 def four_stages(config: Config, run: Run) -> None:
     """A resumed run comes through here from the top: what has ended is loaded."""
-    add = (stages := Stages(config, run)).add
+    table = Table(config, run)
+    add = table.add
     web = 0 if config.init else config.pretrain_steps * config.pretrain_tokens
     base = add("base", train.base_model(config, run), web)
     tokenizer = tokenizer_of(base)
-    zero = add("r1_zero", reason(config, run, "r1_zero", base, RULES, config.steps))
+    add("r1_zero", reason(config, run, "r1_zero", base, RULES, config.steps))
 
     # Stage 1, cold start: a few clean documents, learned by the base model.
     rows, steps = written(config, tokenizer, config.cold_documents), config.cold_steps
@@ -209,44 +129,7 @@ def four_stages(config: Config, run: Run) -> None:
     add("student", fine_tune(config, run, "student", small, rows, steps), tokens_of(rows, steps))
     count = rollouts_for(config, rows)
     add("student_grpo", reason(config, run, "student_grpo", small, SPOKEN, count))
-
-    found = {"stages": stages.found, "signs": signs(stages.found)}
-    found["judge"] = run.once("judge", partial(agreement, config, judge, dev3))
-    found["own"] = run.once("own", partial(own_samples, config, {"r1_zero": zero, "base": base}))
-    said, _ = compare_samples(stages.models, shown(config), config.max_new_tokens, config.seed)
-    run.write("samples.txt", said)
-    run.finish({"device": config.device, "seed": config.seed, **found})
-    print(f"\n{said}\n{report(found)}\n\n{run.times()}\n{run.folder}/ has it all.")
-
-
-def own_samples(config: Config, models: dict[str, Transformer]) -> dict:
-    """Of how many problems a model gives a right and readable answer, that a cold start could be
-    made of: as the paper makes its own from R1-Zero."""
-    return {
-        name: {"asked": 256, "kept": len(kept(config, model, 256))}
-        for name, model in models.items()
-    }
-
-
-def shown(config: Config) -> list[Problem]:
-    """The Korean problem and the request that samples.txt shows, both held out."""
-    chains = held_out_problems(config.task, config.levels, 8, config.seed, "samples")
-    return [
-        next(x for x in chains if x.language == "ko" and x.level > 1),
-        REQUESTS.ask("about", HELD_OUT[-1], "en"),
-    ]
-
-
-def report(found: dict) -> str:
-    """What of the paper's table was seen, what the judge is worth, what the student cost."""
-    lines = [f"{'seen' if seen else 'not seen':10}{text}" for text, seen in found["signs"].items()]
-    for pairs, row in found["judge"].items():
-        lines.append(f"the judge agrees with {share(row['reward'])} of people's choices ({pairs})")
-    for model, own in found["own"].items():
-        lines.append(f"{model}: {own['kept']} of {own['asked']} problems right and readable")
-    cost = teacher_costs(found["stages"])
-    lines.append(f"the student's teacher: {cost['tokens']:,.0f} tokens, {cost['seconds']:.0f} s")
-    return "\n".join(lines)
+    finish(table, judge)
 
 
 def main(arguments: list[str]) -> None:

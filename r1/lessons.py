@@ -21,6 +21,7 @@ from sample import tokenizer_of
 
 TRIES = 4  # samples of a problem in rejection sampling
 ROWS = 32  # documents in a step of fine-tuning
+ASKED = 256  # problems, to see what a model says right and readably by itself
 
 
 def written(config, tokenizer: Tokenizer, count: int) -> list[Row]:
@@ -49,6 +50,15 @@ def kept(config, model: Transformer, count: int) -> list[Row]:
             document = Document(problem.prompt, text, "kept")
             rows.append(encode_document(document, tokenizer_of(model)))
     return rows
+
+
+def own_samples(config, models: dict[str, Transformer]) -> dict:
+    """Of how many problems a model gives a right and readable answer by itself: what a cold start
+    could be made of, as the paper makes its own from R1-Zero."""
+    return {
+        name: {"asked": ASKED, "kept": len(kept(config, model, ASKED))}
+        for name, model in models.items()
+    }
 
 
 def curated(config, tokenizer: Tokenizer, count: int) -> list[Row]:

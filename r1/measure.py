@@ -1,9 +1,7 @@
-"""What each stage is measured by, and the table of all stages."""
+"""What the stages are measured by."""
 
-import json
 import re
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 
@@ -14,25 +12,17 @@ from data.corpus import encode_document
 from data.languages import LANGUAGES
 from data.problem import Problem, stream
 from grpo import token_logps
-from kit.evaluate import answer_problems, grade, held_out_problems, mean, share
-from model import Transformer
+from kit.evaluate import answer_problems, grade, held_out_problems, mean
+from model import ScalarModel, Transformer
 from rewards import format_reward, language_consistency_reward
-from rlhf.preferences import gold_of
+from rlhf.measure import gold_of
+from rlhf.preferences import sample_pairs
+from rlhf.reward_model import all_scores, compare
 from sample import tokenizer_of
 
 SAMPLES = 4  # completions of each problem and of each request
-ORDER = ("base", "r1_zero", "dev1", "dev2", "dev3", "r1", "student_base", "student", "student_grpo")
-COLUMNS = {  # of the table: the head of each measure
-    "right": "right",
-    "format": "format",
-    "korean": "Korean",
-    "readable": "readable",
-    "gold": "gold",
-    "gold_held_out": "held-out",
-    "tokens": "tokens",
-    "seconds": "seconds",
-}
-Found = dict[str, dict[str, float]]  # the measures of each stage, by their names
+SHARES = ("right", "format", "korean", "readable")  # measures that are shares
+TESTED = 1000  # new pairs of each kind that the judge is measured on
 
 
 def readable(problem: Problem, completion: str) -> bool:
@@ -89,56 +79,11 @@ def web_loss(config, model: Transformer) -> float:
     return -token_logps(model(tokens), tokens)[mask].mean().item()
 
 
-def sampled_tokens(folder: Path, stage: str, rows: int) -> int:
-    """The tokens that a stage of GRPO sampled in rollouts of `rows` rows, from the run's log."""
-    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return round(sum(x["completion_tokens"] * rows for x in lines if x["stage"] == stage))
-
-
-def line(name: str, found: dict[str, float]) -> str:
-    """A row of the table."""
-    shares = "".join(f"{share(found[x]):>10}" for x in ("right", "format", "korean", "readable"))
-    golds = "".join(f"{found[x]:10.2f}" for x in ("gold", "gold_held_out"))
-    return f"{name:14}{shares}{golds}{found['tokens']:12,.0f}{found['seconds']:10.0f}"
-
-
-def head() -> str:
-    *names, tokens, seconds = COLUMNS.values()
-    return f"{'':14}{''.join(f'{name:>10}' for name in names)}{tokens:>12}{seconds:>10}"
-
-
-# What the paper's Table 2 shows, as differences between stages (AIME 2024, IF-Eval, AlpacaEval 2),
-# and what R1 must be. A difference counts from a point on.
-SIGNS: dict[str, Callable[[Found], bool]] = {
-    "the cold start costs reasoning: Dev1 is less often right than R1-Zero": lambda x: (
-        x["dev1"]["right"] < x["r1_zero"]["right"] - 0.01
-    ),
-    "the cold start follows instructions: Dev1 is more readable than R1-Zero": lambda x: (
-        x["dev1"]["readable"] > x["r1_zero"]["readable"] + 0.01
-    ),
-    "reasoning RL wins it back: Dev2 is more often right than Dev1": lambda x: (
-        x["dev2"]["right"] > x["dev1"]["right"] + 0.01
-    ),
-    "stage 3 keeps it: Dev3 is right as often as Dev2, to a point": lambda x: (
-        x["dev3"]["right"] > x["dev2"]["right"] - 0.01
-    ),
-    "stage 3 is liked better: the gold of Dev3 is above Dev2's": lambda x: (
-        x["dev3"]["gold_held_out"] > x["dev2"]["gold_held_out"] + 0.1
-    ),
-    "RL for all is liked better: the gold of R1 is above Dev3's": lambda x: (
-        x["r1"]["gold_held_out"] > x["dev3"]["gold_held_out"] + 0.1
-    ),
-    "R1 is right as often as the best stage, to a point": lambda x: (
-        x["r1"]["right"] > max(x[stage]["right"] for stage in ORDER[:6]) - 0.01
-    ),
-    "R1 is readable and in the question's language, above 95 %": lambda x: (
-        min(x["r1"]["readable"], x["r1"]["korean"]) > 0.95
-    ),
-    "a student that imitates is right more often than by GRPO": lambda x: (
-        x["student"]["right"] > x["student_grpo"]["right"] + 0.01
-    ),
-}
-
-
-def signs(found: Found) -> dict[str, bool]:
-    return {text: seen(found) for text, seen in SIGNS.items()}
+def agreement(config, judge: ScalarModel, asked: Transformer) -> dict:
+    """The share of people's choices that the judge agrees with, on new pairs of answers."""
+    how = {"noise": config.noise, "limit": config.max_new_tokens, "seed": config.seed}
+    drawn = {
+        "new": sample_pairs(asked, TESTED, purpose="new pairs", **how),
+        "held-out": sample_pairs(asked, TESTED, purpose="held-out pairs", held_out=True, **how),
+    }
+    return compare(config, {"reward": partial(all_scores, judge)}, drawn)

@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from data import TASKS, get_tokenizer
-from data.batches import padded
 from data.chains import work
 from data.problem import sample_problems, stream
 from kit.run import Run, open_run
+from r1 import controls
 from r1 import four_stages as job
 from r1.distill import rollouts_for, teacher_costs
-from r1.four_stages import Config, asked_of_all, rules_or_judge
+from r1.for_all import asked_of_all, rules_or_judge
+from r1.four_stages import SPOKEN, Config
 from r1.lessons import ROWS, batches, curated, lessons, tokens_of, written
-from r1.measure import SIGNS, head, line, readable, signs
+from r1.measure import readable
+from r1.table import SIGNS, head, line, signs
 from rlhf import preferences
-from sample import Rollout
 from tests.small import SHAPE, rollout_of, small_model
 
 CHAINS, REQUESTS = TASKS["chains-en-ko"], TASKS["requests"]
@@ -164,52 +165,20 @@ def test_requests_are_asked_in_the_last_part_of_stage_4_alone():
 
 
 def test_chains_have_rules_and_requests_the_judge():
-    """Neither is asked about the other's problems. The sum is the reward."""
-    request, chain = REQUESTS.ask("about", 7, "en"), ENGLISH
-    texts = [" sure!", " no.", CLEAN, " 12", " wow!", " 7 is odd."]
-    parts = [
-        rollout_of_world([p], texts[2 * i : 2 * i + 2])
-        for i, p in enumerate((request, chain, request))
-    ]
-    width = max(part.tokens.shape[1] for part in parts)
-    rows = [row for part in parts for row in rows_of(part)]
-    tokens, mask, _ = padded(rows, words.eos_id)
-    assert tokens.shape[1] == width
-    zeros = torch.zeros(tokens.shape)
-    rollout = Rollout(tokens, mask, zeros, zeros, torch.ones(6, dtype=torch.bool))
-    seen = {"rules": [], "judge": []}
+    """Each is 0 where it has no say, and the sum is the reward."""
+    problems = [REQUESTS.ask("about", 7, "en"), ENGLISH, REQUESTS.ask("greet", 0, "ko")]
+    texts = [" sure!", " no.", CLEAN, "<think> 12</think><answer> 12</answer>", " wow!", CLEAN]
+    asked = [replace(problem, task="world") for problem in problems]  # the words of both
+    rollout, told = rollout_of(asked, texts), []
 
-    def told(name, first):
-        def reward(problems, part, step):
-            ends = [
-                words.decode(x[s : e - 1])
-                for x, s, e in zip(part.tokens.tolist(), part.starts, part.ends)
-            ]
-            seen[name] += [(problem.task, step) for problem in problems] + ends
-            return {"reward": first + torch.arange(float(len(ends)))}
+    def judge(problems, rollout, step):
+        told.append((problems, step))
+        return {"reward": 20 + torch.arange(6.0)}
 
-        return reward
-
-    found = rules_or_judge(told("rules", 10.0), told("judge", 20.0))(
-        [request, chain, request], rollout, 5
-    )
-    assert found["rules"].tolist() == [0, 0, 10, 11, 0, 0]
-    assert found["judge"].tolist() == [20, 21, 0, 0, 22, 23]
-    assert found["reward"].tolist() == [20, 21, 10, 11, 22, 23]
-    assert seen["rules"] == [("chains-en-ko", 5), CLEAN, " 12"]
-    assert seen["judge"] == [("requests", 5)] * 2 + [" sure!", " no.", " wow!", " 7 is odd."]
-
-
-def rows_of(part):
-    return [
-        (s, ids[:e])
-        for ids, s, e in zip(part.tokens.tolist(), part.starts.tolist(), part.ends.tolist())
-    ]
-
-
-def rollout_of_world(problems, texts):
-    problems = [replace(problem, task="world") for problem in problems]  # the words of both
-    return rollout_of(problems, texts)
+    found = rules_or_judge(SPOKEN | {"format": 0.5}, words, judge)(problems, rollout, 5)
+    assert found["rules"].tolist() == [0, 0, 2.5, 1.5, 0, 0]
+    assert found["judge"].tolist() == [20, 21, 0, 0, 24, 25]
+    assert found["reward"].tolist() == [20, 21, 2.5, 1.5, 24, 25] and told == [(problems, 5)]
 
 
 def test_grpo_of_the_student_gets_about_as_many_tokens():
@@ -264,8 +233,10 @@ def few_requests():
         asked = preferences.requests
         few = lambda count, *how: asked(min(count, 100), *how)  # noqa: E731
         patch.setattr(preferences, "requests", few)
-        patch.setattr(job, "ASKED", 16)
-        patch.setattr(job, "TESTED", 20)
+        patch.setattr("rlhf.measure.requests", few)
+        patch.setattr("r1.lessons.requests", few)
+        patch.setattr("r1.lessons.ASKED", 16)
+        patch.setattr("r1.measure.TESTED", 20)
         yield
 
 
@@ -298,10 +269,48 @@ def test_the_log_tells_what_the_judge_gave(whole):
     records = [json.loads(x) for x in (whole[0] / "log.jsonl").read_text().splitlines()]
     r1 = [record for record in records if record["stage"] == "r1"]
     assert r1[0]["judge"] == 0 and r1[0]["judge_std"] == 0 and r1[1]["judge_std"] > 0
-    assert "kl" in r1[0] and "language" not in r1[0]
+    assert "k3_ref" in r1[0] and "language" not in r1[0]
     for stage, rule in (("r1_zero", False), ("dev2", True), ("student_grpo", True)):
         of_stage = [record for record in records if record["stage"] == stage]
-        assert of_stage and all(("language" in x) is rule and "judge" not in x for x in of_stage)
+        assert of_stage and all(("language" in x) is rule and "k3_ref" not in x for x in of_stage)
+
+
+def controls_of(folder, tmp_path, *more):
+    arguments = ["--of", str(folder), "--out", str(tmp_path / "controls"), *more]
+    controls.main(arguments)
+    return json.loads((tmp_path / "controls" / "result.json").read_text())["controls"]
+
+
+@pytest.mark.slow
+def test_every_control_is_made_from_a_finished_run(whole, tmp_path, capsys):
+    """All but the cold start from R1-Zero's own samples: a tiny R1-Zero says nothing right."""
+    rows = [row for row in controls.CONTROLS if row != "cold_own"]
+    found = controls_of(whole[0], tmp_path, "--only", ",".join(rows))
+    assert list(found) == rows
+    printed = capsys.readouterr().out
+    for row, measures in found.items():
+        assert line(row, measures) in printed and (tmp_path / f"controls/{row}.pt").is_file()
+    again = json.loads((tmp_path / "controls" / "config.json").read_text())
+    first = json.loads((whole[0] / "config.json").read_text())
+    own = {"program", "out", "init", "of", "only"}
+    assert {x for x in again if x not in own and again[x] != first[x]} == set()
+    with pytest.raises(SystemExit, match="0 of 200 documents: leave cold_own out"):
+        controls_of(whole[0], tmp_path / "own", "--only", "cold_own")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--only", "cold_3x"], "--only cold_3x: the rows are cold_own, "),
+        (["--only", "long_on_base"], "--only long_on_base needs long_dev2 beside it"),
+        (["--of", "nowhere"], "--of nowhere must be the folder of a finished run"),
+        ([], "--of . must be the folder of a finished run"),
+    ],
+)
+def test_controls_refuse_what_they_cannot_make(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        controls.main(flags)
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def untimed(lines):
