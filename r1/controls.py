@@ -124,6 +124,8 @@ def by_a_program(bench: Bench) -> list[Row]:
 
 # Each row is made from the models of the run, or from a row above it.
 CONTROLS: dict[str, Callable[[Bench], Transformer]] = {
+    # R1-Zero, for three times as many rollouts as stage 2.
+    "zero_longer": lambda x: x.reasoned("base", RULES, times=3),
     # Stage 1: R1-Zero's own right and readable samples, as in the paper; more documents.
     "cold_own": lambda x: x.cold(own(x)),
     "cold_2x": lambda x: x.cold(x.written(2 * x.config.cold_documents)),

@@ -84,11 +84,12 @@ class Table:
         self.config, self.run = config, run
         self.models: dict[str, Transformer] = {}
         self.found: Found = {}
-        print(head())
 
     def add(self, stage: str, model: Transformer, tokens: int | None = None) -> Transformer:
         """`tokens` are what the stage learned from; None for a stage of GRPO, of which the log says
         what it sampled."""
+        if not self.found:
+            print(head())
         found = self.run.once(stage, lambda: measure(self.config, model))
         tokens = self.sampled(stage) if tokens is None else tokens
         self.models[stage] = model

@@ -5,8 +5,9 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from data import TASKS, get_tokenizer
 from data.chains import work
 from data.problem import sample_problems, stream
+from experiments.study import r1 as study
 from kit.run import Run, open_run
 from r1 import controls
 from r1 import four_stages as job
@@ -22,7 +24,7 @@ from r1.for_all import asked_of_all, rules_or_judge
 from r1.four_stages import SPOKEN, Config
 from r1.lessons import ROWS, batches, curated, lessons, tokens_of, written
 from r1.measure import readable
-from r1.table import SIGNS, head, line, signs
+from r1.table import COLUMNS, SIGNS, head, line, signs
 from rlhf import preferences
 from tests.small import SHAPE, rollout_of, small_model
 
@@ -36,7 +38,7 @@ KLAR = "<think>\n#1 7 더하기 8 은 15\n#2 15 빼기 3 은 12</think><answer> 
 
 def small_config(**changes):
     settings = {"preset": "tiny", "max_level": 2, "pretrain_steps": 3, "max_new_tokens": 24}
-    settings |= {"steps": 2, "cold_documents": 200, "cold_steps": 240, "reasoning_steps": 2}
+    settings |= {"steps": 2, "cold_documents": 40, "cold_steps": 10, "reasoning_steps": 2}
     settings |= {"curated": 20, "sft_steps": 3, "sft_lr": 1e-2, "pairs": 100, "all_steps": 2}
     settings |= {"student_layers": 1, "student_width": 8, "student_steps": 3, "distill_steps": 3}
     settings |= {
@@ -226,22 +228,21 @@ def run_job(config):
         job.four_stages(config, run)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_requests():
-    """The sizes of evaluation that no flag has."""
+@pytest.fixture(scope="module")
+def small_sizes():
+    """The sizes that no flag has. What a model this small says is kept as it is."""
     with pytest.MonkeyPatch.context() as patch:
         asked = preferences.requests
-        few = lambda count, *how: asked(min(count, 100), *how)  # noqa: E731
-        patch.setattr(preferences, "requests", few)
-        patch.setattr("rlhf.measure.requests", few)
-        patch.setattr("r1.lessons.requests", few)
+        patch.setattr("rlhf.measure.requests", lambda count, *how: asked(16, *how))
         patch.setattr("r1.lessons.ASKED", 16)
+        for rule in ("is_right", "readable"):
+            patch.setattr(f"r1.lessons.{rule}", lambda *_: True)
         patch.setattr("r1.measure.TESTED", 20)
         yield
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, small_sizes):
     """The folder of a run, and what it printed."""
     folder, printed = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -283,10 +284,9 @@ def controls_of(folder, tmp_path, *more):
 
 @pytest.mark.slow
 def test_every_control_is_made_from_a_finished_run(whole, tmp_path, capsys):
-    """All but the cold start from R1-Zero's own samples: a tiny R1-Zero says nothing right."""
-    rows = [row for row in controls.CONTROLS if row != "cold_own"]
-    found = controls_of(whole[0], tmp_path, "--only", ",".join(rows))
-    assert list(found) == rows
+    """With the settings of that run."""
+    found = controls_of(whole[0], tmp_path)
+    assert list(found) == list(controls.CONTROLS)
     printed = capsys.readouterr().out
     for row, measures in found.items():
         assert line(row, measures) in printed and (tmp_path / f"controls/{row}.pt").is_file()
@@ -294,14 +294,22 @@ def test_every_control_is_made_from_a_finished_run(whole, tmp_path, capsys):
     first = json.loads((whole[0] / "config.json").read_text())
     own = {"program", "out", "init", "of", "only"}
     assert {x for x in again if x not in own and again[x] != first[x]} == set()
-    with pytest.raises(SystemExit, match="0 of 200 documents: leave cold_own out"):
-        controls_of(whole[0], tmp_path / "own", "--only", "cold_own")
+
+
+def test_a_cold_start_of_too_few_own_samples_is_refused(monkeypatch):
+    monkeypatch.setattr("r1.lessons.is_right", lambda *_: False)
+    models = {"r1_zero": small_model(task="world")}
+    bench = controls.Bench(
+        controls.Config(**asdict(small_config(cold_documents=2))), None, models, None
+    )
+    with pytest.raises(ValueError, match="says 0 of 2 documents: leave cold_own out"):
+        controls.own(bench)
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--only", "cold_3x"], "--only cold_3x: the rows are cold_own, "),
+        (["--only", "cold_3x"], "--only cold_3x: the rows are zero_longer, cold_own, "),
         (["--only", "long_on_base"], "--only long_on_base needs long_dev2 beside it"),
         (["--of", "nowhere"], "--of nowhere must be the folder of a finished run"),
         ([], "--of . must be the folder of a finished run"),
@@ -321,26 +329,84 @@ def untimed(lines):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["r1_zero", "dev1", "dev2", "dev3", "reward", "r1", "student"])
-def test_a_stopped_job_goes_on_to_the_same_bits(stage, whole, tmp_path, monkeypatch, capsys):
-    """Stopped by SIGINT in a stage, and called again."""
-    config = small_config(out=str(tmp_path / "run"))
+def test_a_job_stopped_in_every_stage_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch):
+    """Stopped by SIGINT in the second step of each, and called again each time."""
+    config, stopped, steps = small_config(out=str(tmp_path / "run")), [], Run.steps
 
-    def stop(self, record):
-        if self.stage == stage and not stopped:
-            stopped.append(stage)
-            os.kill(os.getpid(), signal.SIGINT)
-        log(self, record)
+    def stop(self, stage, *state, **more):
+        for step in steps(self, stage, *state, **more):
+            if step == 1 and stage not in stopped:
+                stopped.append(stage)
+                os.kill(os.getpid(), signal.SIGINT)
+            yield step
 
-    log, stopped = Run.log, []
-    monkeypatch.setattr(Run, "log", stop)
-    with pytest.raises(SystemExit):
-        run_job(config)
-    monkeypatch.setattr(Run, "log", log)
-    assert stopped == [stage] and "To go on" in capsys.readouterr().err
-    run_job(replace(config, resume=config.out))
-    for name in (*(f"{stage}.pt" for stage in (*STAGES, "reward")), "log.jsonl", "samples.txt"):
+    monkeypatch.setattr(Run, "steps", stop)
+    for _ in range(len(STAGES) + 1):
+        with pytest.raises(SystemExit):
+            run_job(config)
+        config = replace(config, resume=config.out)
+    run_job(config)
+    assert stopped == [*STAGES[:5], "reward", *STAGES[5:]]
+    for name in (*(f"{stage}.pt" for stage in stopped), "log.jsonl", "looks.jsonl", "samples.txt"):
         one, other = ((folder / name).read_bytes() for folder in (tmp_path / "run", whole[0]))
         if name == "log.jsonl":  # all but the seconds
             one, other = (untimed(lines) for lines in (one, other))
         assert one == other, name
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+def found_by(seed, lead=0.0):
+    """A run as `published` has it, with numbers that can be told apart."""
+    measures = {name: 0.5 for name in COLUMNS} | {"tokens": 1000 + seed, "seconds": 10}
+    rows = {stage: measures | {"right": 0.5 + 0.1 * seed} for stage in STAGES}
+    control = measures | {"right": 0.5 + 0.1 * seed + lead, "gold": 0.25}
+    return {"seed": seed, "stages": rows, "controls": {"dev3_on_dev2": control}}
+
+
+def test_the_table_of_stages_has_means_and_ranges():
+    results = {"seeds": [found_by(0), found_by(1)], "command": "x", "hardware": "y", "torch": "z"}
+    lines = study.stages(results).splitlines()
+    assert len(lines) == 2 + len(STAGES) + 2
+    assert lines[2].startswith("| base | 55.0 % (50.0-60.0) | 50.0 % (50.0-50.0) |")
+    assert "| 0.50 (0.50 to 0.50) |" in lines[2] and lines[2].endswith("| 1,000 | 10 |")
+
+
+def test_a_control_is_compared_with_its_stage_seed_by_seed():
+    """Seeds without the row do not count in either mean."""
+    without = found_by(9) | {"controls": {}}
+    (line,) = study.controls({"seeds": [found_by(0, 0.2), found_by(1), without]}).splitlines()[2:3]
+    assert line.startswith("| `dev3_on_dev2` | Dev3, on Dev2 in place of the base | 2 | ")
+    assert "| 65.0 % (+10.0) |" in line and "| 0.25 (-0.25) |" in line
+
+
+def test_every_control_is_told_on_the_page():
+    assert list(study.ROWS) == list(controls.CONTROLS)
+    assert list(study.NAMES) == STAGES and {stage for stage, _ in study.ROWS.values()} < set(STAGES)
+
+
+def test_only_finished_runs_of_one_setting_are_published(whole, tmp_path):
+    """Each seed once. Controls that lie beside a run come with it."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    beside = tmp_path / "run-controls"
+    beside.mkdir()
+    (beside / "config.json").write_text(json.dumps({"program": "-m r1.controls"}))
+    (beside / "result.json").write_text(json.dumps({"controls": {"no_kl": {"right": 1}}}))
+    (seed,) = study.published([folder])["seeds"]
+    assert seed["controls"] == {"no_kl": {"right": 1}} and "[r1: " in seed["samples"]
+    assert study.samples({"seeds": [seed]}).startswith("```text\nUser: ")
+    assert study.costs({"seeds": [seed]}).count("\n| 0 | ") == 1
+    with pytest.raises(ValueError, match="a seed comes twice"):
+        study.published([folder, folder])
+    with pytest.raises(ValueError, match="no finished run"):
+        study.published([tmp_path])
+    with pytest.raises(ValueError, match=r"run-controls was made by -m r1.controls, not by"):
+        study.published([beside])
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    settings = json.loads((other / "config.json").read_text()) | {"all_beta": 0.5, "seed": 7}
+    (other / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"other differs from .*run in all_beta$"):
+        study.published([folder, other])
