@@ -26,8 +26,8 @@ from r1.for_all import rules_or_judge, sample_for_all
 from r1.lessons import fine_tune, lessons, tokens_of, written
 from r1.table import Table, finish
 from rlhf import reward_model, scalar_model
-from rlhf.preferences import rows_of, sample_pairs
-from rlhf.reward_model import clear, fit
+from rlhf.preferences import rows_of
+from rlhf.reward_model import clear, draw_pairs, fit
 from rlhf.reward_model import judge as judged_by
 from sample import tokenizer_of
 
@@ -77,9 +77,7 @@ def reason(
 def learn_judge(config: Config, run: Run, base: Transformer, asked: Transformer) -> ScalarModel:
     """The stage "reward": a reward model from the base model, by people's choices between two
     answers of the model that is asked."""
-    how = {"noise": config.noise, "limit": config.max_new_tokens, "seed": config.seed}
-    pairs = sample_pairs(asked, config.pairs, purpose="pairs", **how)
-    model = scalar_model(base)
+    pairs, model = draw_pairs(config, asked, config.pairs, "pairs"), scalar_model(base)
     fit(config, run, "reward", model, clear(config, pairs), rows_of(pairs))
     return model
 

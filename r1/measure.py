@@ -16,8 +16,7 @@ from kit.evaluate import answer_problems, grade, held_out_problems, mean
 from model import ScalarModel, Transformer
 from rewards import format_reward, language_consistency_reward
 from rlhf.measure import gold_of
-from rlhf.preferences import sample_pairs
-from rlhf.reward_model import all_scores, compare
+from rlhf.reward_model import all_scores, compare, draw_pairs
 from sample import tokenizer_of
 
 SAMPLES = 4  # completions of each problem and of each request
@@ -81,9 +80,6 @@ def web_loss(config, model: Transformer) -> float:
 
 def agreement(config, judge: ScalarModel, asked: Transformer) -> dict:
     """The share of people's choices that the judge agrees with, on new pairs of answers."""
-    how = {"noise": config.noise, "limit": config.max_new_tokens, "seed": config.seed}
-    drawn = {
-        "new": sample_pairs(asked, TESTED, purpose="new pairs", **how),
-        "held-out": sample_pairs(asked, TESTED, purpose="held-out pairs", held_out=True, **how),
-    }
+    draw = partial(draw_pairs, config, asked, TESTED)
+    drawn = {"new": draw("new pairs"), "held-out": draw("held-out pairs", held_out=True)}
     return compare(config, {"reward": partial(all_scores, judge)}, drawn)
