@@ -232,8 +232,8 @@ def seed_job(side: Path, seed: int, flags: list[str], needs: tuple[Job, ...] = (
 
 def sides(out: Path, both: str, change: list[str], patch: Path | None) -> tuple[Path, Path | None]:
     """The folders of the runs without the change and with it, each with its copy of the code. There
-    is no second one if this is the first call and it names no change. Raises ValueError, in one
-    line, if a later call changes nothing, or changes what both sides must share."""
+    is no second one if neither a flag nor the code differs. Raises ValueError, in one line, for a
+    change of what both sides must share."""
     folder = out.absolute() / slug(both)
     folder.mkdir(parents=True, exist_ok=True)
     without = folder / "without"
@@ -244,9 +244,6 @@ def sides(out: Path, both: str, change: list[str], patch: Path | None) -> tuple[
             old = Path(made) / "without"
             copy_code(old / "code", None)
         changes = change or code_that_differs([old / "code", new / "code"])
-        if old == without and not changes:
-            reason = "neither a flag nor the code differs from the runs that are kept"
-            raise ValueError(f"{reason}: edit the code, or name flags of train.py or a --patch")
         check_held(
             settings_of(old / "code", both.split()),
             settings_of(new / "code", [*both.split(), *change]),
@@ -281,6 +278,9 @@ def main(arguments: list[str]) -> None:
     if changed:
         flags = [*args.both.split(), *change]
         jobs += [seed_job(changed, seed, flags, (jobs[seed],)) for seed in range(args.seeds)]
+    if not changed and all(job.makes.exists() for job in jobs):
+        reason = "neither a flag nor the code differs from the runs that are kept"
+        parser.error(f"{reason}: edit the code, or name flags of train.py or a --patch")
     do(jobs, min(args.lanes, len(jobs)))
     if not changed:
         advice = "make your change, and call this again"
