@@ -13,6 +13,7 @@ from train import Config
 
 PAGES = [
     ROOT / "README.md",
+    ROOT / "README.ko.md",
     ROOT / "tests" / "README.md",
     *sorted((ROOT / "experiments").rglob("*.md")),
     *sorted((ROOT / "rlhf").rglob("*.md")),

@@ -74,7 +74,7 @@ def test_commands_of_the_pages_parse(tmp_path, monkeypatch):
     saved = {"settings": asdict(train.Config().filled())}
     save_tensors(tmp_path / "out" / "signs-cpu-grpo-seed0" / "last.pt", saved)
     monkeypatch.chdir(tmp_path)
-    prose = "".join(page.read_text() for page in PAGES if page.name == "README.md")
+    prose = "".join(page.read_text() for page in PAGES if page.name.startswith("README"))
     commands = re.findall(r"python (-m [\w.]+|\w+\.py)([^`#\n]*)", prose)
     assert len(commands) >= 40
     for script, arguments in commands:
@@ -194,6 +194,22 @@ def test_the_chains_reach_what_they_should_for_every_seed():
         assert run["r1_zero"]["pass@1"] >= 0.90
         assert run["r1_zero"]["format"] >= 0.95
         assert run["r1_zero"]["completion_tokens"] >= 2 * run["base"]["completion_tokens"]
+
+
+@pytest.mark.docs
+def test_the_korean_page_shows_what_the_english_page_shows():
+    """The same transcript, picture, story and commands, and no table that could grow old."""
+    korean = (ROOT / "README.ko.md").read_text()
+    blocks = re.compile("```(?:text|bash)\n(.*?)```", re.S)
+    transcript, install, *_ = blocks.findall(README)
+    assert blocks.findall(korean)[0] == transcript and "\n| " not in korean
+    assert install.partition("#")[0] == blocks.findall(korean)[1].partition("#")[0]
+    assert re.findall(r"!\[.*?\]\((.*?)\)", korean) == re.findall(r"!\[.*?\]\((.*?)\)", README)
+    told = [re.findall(r"^- \*\*([A-Z][\w-]+)\*\* \(", page, re.M) for page in (README, korean)]
+    assert told[0] == told[1] and len(told[0]) >= 4
+    (run,) = [block for block in blocks.findall(README) if "sample.py  " in block]
+    for line in run.splitlines():
+        assert line.partition("#")[0].strip() in korean, line
 
 
 @pytest.mark.docs
