@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from data import TASKS
+from data import TASKS, get_tokenizer
 from experiments.lessons import exercises, td_lambda
 from experiments.lessons.td_lambda import CRITICS, OUTPUTS, STEPS, chance, reward, value
 from grpo import ADVANTAGES, KL_ESTIMATORS, VARIANTS, Variant
@@ -225,10 +225,12 @@ class Sorts(test_task.Sort):
 )
 def test_half_a_solution_is_told_what_is_missing(number, table, name, row, complaint):
     """The mistakes that lie nearest."""
+    get_tokenizer.cache_clear()  # one row after another is named "mine"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(table, name, row)
         shown = io.StringIO()
         with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(shown):
             exercises.main([str(number)])
+    get_tokenizer.cache_clear()
     assert stop.value.code == 1 and complaint in shown.getvalue()
     assert shown.getvalue().count("\n") == 1
