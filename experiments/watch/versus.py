@@ -35,7 +35,7 @@ from experiments.watch.plot import STAGE
 from kit.flags import command_line
 from kit.run import ROOT
 
-BOTH = "--preset tiny --max_level 5 --steps 40"
+BOTH = "--preset tiny --steps 40 --eval_problems 200"
 T95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 WORDS = {3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}
 HELD = (  # settings of the base model and of the evaluation: equal with the change and without
