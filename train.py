@@ -44,16 +44,17 @@ from grpo import (
     policy_loss,
     token_logps,
 )
-from kit import flags, metrics
+from kit import flags, metrics, parallel
 from kit.captured import CapturedDecoder
 from kit.evaluate import compare_samples, evaluate, held_out_problems, share, table
 from kit.look import look
 from kit.memory import check_memory
 from kit.metrics import Rewards, check_finite, weight_norm
+from kit.parallel import generate
 from kit.run import Run, multiplies_in_bfloat16, open_run
 from model import LONGEST, ModelConfig, Transformer
 from rewards import RULES, rule_weights
-from sample import Rollout, complete, decode_completions, generate, load_policy, tokenizer_of
+from sample import Rollout, complete, decode_completions, load_policy, tokenizer_of
 
 # ---------------------------------------------------------------------------------------- the knobs
 
@@ -261,18 +262,23 @@ def imitate(
     verdicts = torch.tensor(tokenizer_of(model).encode(words), dtype=torch.long).to(config.device)
     recent = torch.zeros(4, LOG_EVERY, device=config.device)  # numbers of steps not yet logged
     for step in run.steps(stage, steps, model, optimizer=optimizer, recent=recent):
-        tokens, mask, positions = (x if x is None else x.to(config.device) for x in batch(step))
+        whole = batch(step)
+        mine, count = parallel.mine(len(whole[0])), whole[1].sum().item()
+        own = (x if x is None else x[mine].to(config.device) for x in whole)
+        tokens, mask, positions = own
         logps = token_logps(model(tokens, positions=positions), tokens)
-        loss = -logps[mask].mean()
+        loss = -logps[mask].sum() / count  # tokens of the whole batch
         loss.backward()
         rate = learning_rate(lr, step, steps, warmup=min(100, steps // 10 + 1), decay_from=0.3)
-        norm = optimizer_step(model, optimizer, rate, config.max_grad_norm)
         judged = mask & torch.isin(tokens, verdicts)
-        numbers = loss.detach(), norm, (logps.detach().exp() * judged).sum(), judged.sum()
-        recent[:, step % LOG_EVERY] = torch.stack([x.float() for x in numbers])
+        numbers = loss.detach(), (logps.detach().exp() * judged).sum(), judged.sum()
+        numbers = torch.stack([x.float() for x in numbers])
+        parallel.add_up(model, numbers)
+        norm = optimizer_step(model, optimizer, rate, config.max_grad_norm)
+        recent[:, step % LOG_EVERY] = torch.stack([*numbers, norm])
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             of_line = recent[:, : step % LOG_EVERY + 1]
-            loss, grad_norm, probs, count = of_line.mean(dim=1).tolist()
+            loss, probs, count, grad_norm = of_line.mean(dim=1).tolist()
             record = {"loss": loss, "grad_norm": grad_norm, "weight_norm": weight_norm(model)}
             record |= {"verdict_prob": probs / count} if count else {}
             check_finite(stage, step, record)
@@ -377,7 +383,7 @@ def loss_inputs(
     advantages: Tensor,
 ) -> tuple[dict[str, Tensor], np.ndarray]:
     """What `policy_loss` takes beside logps, (B, T) each, given advantages (B,) or (B, T); and the
-    rows that teach, (B,) bool on the host.
+    rows of this process that teach, (B,) bool on the host.
 
     A row without an advantage adds exactly nothing to the gradient, unless there is a KL. Such a
     row does not go through the model.
@@ -389,6 +395,7 @@ def loss_inputs(
         advantages = advantages[:, None].expand(rollout.mask.shape)  # the same for every token
     inputs = {"advantages": advantages.to(config.device) * rollout.mask, "mask": rollout.mask}
     teaches = (inputs["advantages"] != 0).any(dim=1).cpu().numpy() | (config.beta > 0)
+    teaches &= parallel.mine(len(teaches))
     rows, how = teaches.nonzero()[0], (config.micro_batch, config.temperature)
     if VARIANTS[config.variant].ratio and policy.in_bfloat16:
         # Sampler and trainer round differently, which as a ratio would be noise: ask the trainer.
@@ -422,6 +429,7 @@ def add_gradient(
         loss.backward()
         gap = (logps.detach() - rollout.logps[part, columns]) * given["mask"]
         parts.append(sums | {"loss": loss.detach(), "logp_gap": gap.abs().max()})
+    parallel.add_up(policy)
     return metrics.totals(parts)
 
 

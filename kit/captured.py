@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from kit.parallel import generate
 from model import KVCache, Transformer
-from sample import Generation, Rollout, draw, empty_rollout, generate, new_cache
+from sample import Generation, Rollout, draw, empty_rollout, new_cache
 
 LOOK_EVERY = 16  # steps between two checks for finished rows: a check costs several steps
 FEWEST_ROWS = 64  # the smallest batch that has graphs: a smaller one takes as long

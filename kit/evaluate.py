@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data import TASKS
 from data.problem import Problem, sample_problems, stream, thought_of
 from data.tokenizer import Tokenizer
+from kit.parallel import generate
 from model import Transformer
 from rewards import extract_answer, format_reward, is_right
 from sample import complete, decode_completions, tokenizer_of
@@ -52,7 +53,7 @@ def answer_problems(
     for start in tqdm(range(0, len(problems), PART), **look):
         how = {"group_size": samples, "max_new_tokens": limit, "temperature": temperature}
         how |= {"seed": seed, "first_row": start * samples}
-        rollout = complete(model, problems[start : start + PART], **how)
+        rollout = complete(model, problems[start : start + PART], generate, **how)
         tokens = (rollout.ends - rollout.starts).tolist()
         answers += zip(decode_completions(rollout, tokenizer_of(model)), tokens)
     return [answers[i : i + samples] for i in range(0, len(answers), samples)]

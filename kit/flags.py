@@ -16,6 +16,7 @@ from typing import NoReturn, get_args
 
 import torch
 
+from kit import parallel
 from model import load_tensors, one_line
 
 COMMENTED = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)
@@ -45,6 +46,7 @@ def parse(
     """The configuration that a command line asks for. Flags override the preset, and the preset
     overrides the defaults. With --resume it is the configuration of that run. A mistake ends the
     program with one line."""
+    parallel.hush()
     parser = command_line(description, program)
     helps = {name: text for base in Config.__mro__[-2::-1] for name, text in comments(base)}
     for field in fields(Config):

@@ -10,6 +10,7 @@ from data.problem import Problem, stream
 from data.tokenizer import Tokenizer
 from kit.evaluate import mean, mean_measures, mean_think_tokens
 from kit.metrics import Rewards
+from kit.parallel import generate
 from kit.run import Run
 from model import Transformer
 from rewards import is_right
@@ -35,7 +36,7 @@ def look(
     measures of thinking."""
     limits = {"group_size": group_size, "max_new_tokens": limit}
     noise = stream(seed, "noise of a look").getrandbits(63)
-    rollout = complete(model, problems, seed=noise, **limits)
+    rollout = complete(model, problems, generate, seed=noise, **limits)
     tokenizer = tokenizer_of(model)
     texts = decode_completions(rollout, tokenizer)
     rewards = reward(problems, rollout, run.step)

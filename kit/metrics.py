@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data.problem import Problem
+from kit.parallel import gather
 from sample import Rollout
 
 Rewards = dict[str, Tensor]  # (B,) each: "reward", which is maximised, and its parts by name
@@ -68,13 +69,16 @@ def rollout_metrics(problems: list[Problem], rollout: Rollout, rewards: Rewards)
 
 
 def totals(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The metrics of an update: sums over its micro-batches, and the maximum for "logp_gap". Reads
-    from the device once."""
-    if not parts:
+    """The metrics of an update: sums over the micro-batches of all processes, and the maximum for
+    "logp_gap". Reads from the device once."""
+    names, read = list(parts[0]) if parts else [], []
+    if parts:
+        rows = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts])
+        read = [dict(zip(names, row)) for row in rows.tolist()]
+    read = [part for of_process in gather(read) for part in of_process]
+    if not read:
         return {"tokens": 0.0, "loss": 0.0, "logp_gap": 0.0}
-    names = list(parts[0])
-    rows = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts])
-    columns = dict(zip(names, zip(*rows.tolist())))
+    columns = {name: [part[name] for part in read] for name in read[0]}
     return {name: (max if name == "logp_gap" else sum)(column) for name, column in columns.items()}
 
 

@@ -35,7 +35,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kit import parallel
 from kit.flags import refuse
+from kit.parallel import rank_zero_only
 from model import (
     check_weights,
     load_tensors,
@@ -105,16 +107,20 @@ class Run:
         for step in self.bar:
             self.step = step
             yield step
-            if self.stop_asked or time.perf_counter() - self.saved_at > SAVE_EVERY:
+            stop = max(parallel.gather(self.stop_asked))  # a signal to one process stops all
+            if stop or time.perf_counter() - self.saved_at > SAVE_EVERY:
                 self.save({"stage": stage, "step": step + 1, "state": states(named)})
-            self.leave_if_asked()
+            if stop:
+                raise KeyboardInterrupt(stop)
+        parallel.copy_first(model)
         self.check_finite(states(named))
         self.write_model(f"{stage}.pt", model)
         self.ended.append(stage)
         self.book(stage)
         self.save()
         self.stepping = False
-        self.leave_if_asked()
+        if self.stop_asked:
+            raise KeyboardInterrupt(self.stop_asked)
 
     def once(self, name: str, make: Callable[[], dict]) -> dict:
         """The result of `make`, which a run computes once and then keeps: a dict of plain data, not
@@ -127,11 +133,13 @@ class Run:
             self.save()
         return self.results[name]
 
+    @rank_zero_only
     def log(self, record: dict) -> None:
         """Add a line to log.jsonl, with the current stage and step."""
         with self.writing():
             self.lines["log.jsonl"].add({"stage": self.stage, "step": self.step + 1, **record})
 
+    @rank_zero_only
     def look(self, record: dict) -> None:
         """Add a line to looks.jsonl: the model's completions of a few problems at this step."""
         with self.writing():
@@ -148,11 +156,13 @@ class Run:
         """Print a line of text above the bar, without its middle if the terminal is too narrow."""
         self.bar.write(fit(" ".join(text.split()), shutil.get_terminal_size().columns))
 
+    @rank_zero_only
     def write(self, name: str, text: str) -> None:
         """Write a file of the run's folder, whole or not at all."""
         with self.writing():
             write_whole(self.folder / name, text.encode())
 
+    @rank_zero_only
     def write_model(self, name: str, model: nn.Module) -> None:
         """Write a model to a file of the run's folder, whole or not at all."""
         with self.writing():
@@ -171,6 +181,7 @@ class Run:
 
     # ---------------------------------------------------------------------- what last.pt holds
 
+    @rank_zero_only
     def save(self, stopped: dict | None = None) -> None:
         """Write last.pt. The logs go to disk first, so that last.pt never counts a line that is
         lost. Raises FloatingPointError for a state that is not finite, and keeps the old file."""
@@ -240,6 +251,7 @@ class Run:
 
     # -------------------------------------------------------------------- from open to close
 
+    @rank_zero_only
     def check_new(self) -> None:
         """Raise ValueError if the folder of a new run exists already."""
         if os.path.lexists(self.folder):
@@ -251,7 +263,7 @@ class Run:
         """Make the folder of a new run, whole or not at all, and never over another folder."""
         if self.begun:
             return
-        if not self.lines:
+        if not self.lines and parallel.rank() == 0:
             folder = self.folder
             made = [path for path in folder.parents if not path.exists()]
             self.folder = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
@@ -285,6 +297,7 @@ class Run:
         self.open_lines()
         self.save()
 
+    @rank_zero_only
     def open_lines(self) -> None:
         self.lines = {name: Lines(self.folder / name, kept) for name, kept in self.kept.items()}
 
@@ -345,11 +358,10 @@ class Run:
             program = shlex.quote(os.path.relpath(ROOT / program))
         device = ["--device", self.config.device]
         flags = [f"--resume={self.folder}", *device * (self.config.device != self.saved_device)]
-        return f"python {program} {shlex.join(flags)}"
-
-    def leave_if_asked(self) -> None:
-        if self.stop_asked:
-            raise KeyboardInterrupt(self.stop_asked)
+        python = "python"
+        if parallel.size() > 1:
+            python = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+        return f"{python} {program} {shlex.join(flags)}"
 
     def on_signal(self, number: int, frame: object) -> None:
         """Handle a signal. Within a stage, the first signal waits for the step to end and be saved.
@@ -359,7 +371,8 @@ class Run:
         self.stop_asked = number
         # Not print, which the signal may have interrupted. The reader of stderr may be gone.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping when this step is done (once more: at once)\n")
+            told = b"\nstopping when this step is done (once more: at once)\n"
+            os.write(sys.stderr.fileno(), told)
 
 
 def fit(line: str, width: int) -> str:
@@ -477,12 +490,13 @@ def multiplies_in_bfloat16(device: str) -> bool:
 
 
 def made_by(config) -> str:
-    """The torch version, device and dtype. With the code, settings and seed, they decide every
-    bit."""
+    """The torch version, device and dtype, and how many processes. With the code, settings and
+    seed, they decide every bit."""
     cuda = torch.device(config.device).type == "cuda"
     name = torch.cuda.get_device_name if cuda else lambda _: torch.backends.cpu.get_cpu_capability()
     dtype = "bfloat16" if config.in_bfloat16 else "float32"
-    return f"torch {torch.__version__} on {config.device} ({name(config.device)}) in {dtype}"
+    made_by = f"torch {torch.__version__} on {config.device} ({name(config.device)}) in {dtype}"
+    return made_by + (f" by {parallel.size()} processes" if parallel.size() > 1 else "")
 
 
 def set_up(config) -> None:
@@ -524,9 +538,12 @@ def open_run(config, program: str) -> Iterator[Run]:
     handlers = {number: signal.signal(number, run.on_signal) for number in signals}
     name = program.split()[1] if program.startswith("-m ") else program
     try:
+        parallel.start(config.device)
         set_up(config)
         run.resume() if config.resume else run.check_new()
+        parallel.gather(None)  # before a process writes, all have read
         yield run
+        parallel.end()
     except KeyboardInterrupt as stop:
         for number in signals:
             signal.signal(number, signal.SIG_IGN)  # a further signal must not cut the last line
@@ -534,7 +551,7 @@ def open_run(config, program: str) -> Iterator[Run]:
             print(f"\nstopped{run.way_on()}", file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not out_of_memory(error) or parallel.rank() > 0:  # only a traceback can be seen there
             raise
         advice = "run again with a lower --micro_batch or --prompts"
         sys.exit(f"{name}: {config.device} has too little memory: {advice}{run.way_on()}")
@@ -542,6 +559,8 @@ def open_run(config, program: str) -> Iterator[Run]:
         sys.exit(f"{name}: {error}")
     except BrokenPipeError:
         sys.exit(f"{name}: nobody reads its output any more{run.way_on()}")
+    except parallel.Lost:
+        sys.exit(f"{name}: another process of this run has stopped{run.way_on()}")
     except CannotWrite as error:
         sys.exit(f"{name}: {error}{run.way_on()}")
     except (ValueError, OSError) as error:

@@ -93,6 +93,7 @@ def test_files_tests_and_flags_that_the_pages_name_exist():
     scripts = (ROOT / "sample.py", *(ROOT / "experiments").rglob("*.py"))
     knobs = {flag for path in scripts for flag in re.findall(r'"--([a-z_]+)"', path.read_text())}
     knobs |= {field.name for field in fields(train.Config)} | {"help", "noconftest"}
+    knobs |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}  # torchrun's
     for page in PAGES:
         text = page.read_text()
         if page.name == "NOTES.md":
