@@ -119,7 +119,7 @@ class Attention(nn.Module):
         cache: KVCache | None,
     ) -> Tensor:
         B, T, d_model = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        qkv = self.qkv(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)
         queries, keys, values = qkv.split(self.heads, dim=1)  # (B, heads, T, head_dim)
         queries, keys = (rotate(x, *angles).to(values.dtype) for x in (queries, keys))
         if cache is None:

@@ -107,7 +107,7 @@ class Run:
         for step in self.bar:
             self.step = step
             yield step
-            stop = max(parallel.gather(self.stop_asked))  # a signal to one process stops all
+            stop = self.stop_agreed()
             if stop or time.perf_counter() - self.saved_at > SAVE_EVERY:
                 self.save({"stage": stage, "step": step + 1, "state": states(named)})
             if stop:
@@ -119,8 +119,8 @@ class Run:
         self.book(stage)
         self.save()
         self.stepping = False
-        if self.stop_asked:
-            raise KeyboardInterrupt(self.stop_asked)
+        if stop := self.stop_agreed():
+            raise KeyboardInterrupt(stop)
 
     def once(self, name: str, make: Callable[[], dict]) -> dict:
         """The result of `make`, which a run computes once and then keeps: a dict of plain data, not
@@ -362,6 +362,10 @@ class Run:
         if parallel.size() > 1:
             python = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
         return f"{python} {program} {shlex.join(flags)}"
+
+    def stop_agreed(self) -> int:
+        """The number of a signal that any process of the run has received, else 0."""
+        return max(parallel.gather(self.stop_asked))
 
     def on_signal(self, number: int, frame: object) -> None:
         """Handle a signal. Within a stage, the first signal waits for the step to end and be saved.
