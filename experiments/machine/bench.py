@@ -31,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,12 +52,18 @@ VOCABULARY, END = 80, 0
 PROMPT = 16  # tokens
 GROUP = 16
 
+
+def preset_shape(name: str) -> tuple[int, ...]:
+    """The shape of the models of a preset of train.py."""
+    config = train.Config(**train.PRESETS[name])
+    return config.n_layer, config.n_head, config.n_kv_head, config.d_model, config.d_ff
+
+
 SHAPES = {  # layers, heads, key/value heads, width, feed-forward width
     "1M": (4, 4, 4, 128, 352),
     "5M": (6, 8, 8, 256, 704),
     "10M": (6, 6, 6, 384, 1024),
-    "cpu": (3, 4, 2, 64, 192),  # as in the presets of train.py
-    "gpu": (6, 8, 4, 256, 768),
+    **{name: preset_shape(name) for name in ("cpu", "gpu")},
 }
 
 
@@ -428,27 +435,29 @@ def bench_step(flags: argparse.Namespace, machine: Machine) -> dict:
 # ---------------------------------------------------------------------------------------- results
 
 
+def cells(row: dict) -> list[str]:
+    """A result as the cells of its row: work, hardware, ours, share of the best, peers."""
+    result, settings = row["result"], row["settings"]
+    work = f"{settings['shape']}, {settings['rows']} rows"
+    if row["command"] == "sample":
+        length = result["mean_length"]["ours"]
+        work = f"sample, {work}, {length:.0f} of {settings['tokens']} tokens"
+        ours = f"{result['tokens_per_second']['ours']:,.0f} tokens/s"
+        share = result["share_of_roofline"]
+    else:
+        silent = f", {settings['silent']:.0%} of groups silent" if settings["silent"] else ""
+        work = f"GRPO step, {work}{silent.replace('%', ' %')}"
+        ours, share = f"{result['seconds']['whole']:.2f} s", result["update_flop_utilisation"]
+    speedups = result["times_as_fast_as"].items()
+    peers = "; ".join(f"{name}: {ratio:.2f}" for name, ratio in speedups) or "-"
+    return [work, row["made_with"]["hardware"], ours, f"{100 * share:.0f} %", peers]
+
+
 def table(results: list[dict]) -> str:
     """The README's table, in Markdown: a row for each result."""
     columns = ["work", "hardware", "ours", "products and copies alone", "times as fast as"]
-    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for row in results:
-        result, settings = row["result"], row["settings"]
-        work = f"{settings['shape']}, {settings['rows']} rows"
-        if row["command"] == "sample":
-            length = result["mean_length"]["ours"]
-            work = f"sample, {work}, {length:.0f} of {settings['tokens']} tokens"
-            ours = f"{result['tokens_per_second']['ours']:,.0f} tokens/s"
-            share = result["share_of_roofline"]
-        else:
-            silent = f", {settings['silent']:.0%} of groups silent" if settings["silent"] else ""
-            work = f"GRPO step, {work}{silent.replace('%', ' %')}"
-            ours, share = f"{result['seconds']['whole']:.2f} s", result["update_flop_utilisation"]
-        speedups = result["times_as_fast_as"].items()
-        peers = "; ".join(f"{name}: {ratio:.2f}" for name, ratio in speedups) or "-"
-        cells = [work, row["made_with"]["hardware"], ours, f"{100 * share:.0f} %", peers]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [columns, ["---"] * len(columns), *map(cells, results)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(arguments: list[str]) -> None:
@@ -465,7 +474,11 @@ def main(arguments: list[str]) -> None:
     add("--repeat", type=int, default=3, help="turns that are timed [3]")
     add("--warmup", type=int, default=1, help="turns before the timed ones [1]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--dtype", choices=["float32", "bfloat16"], help="of products [GPU: bfloat16; CPU: float32]"
+    )
     add("--threads", type=int, default=1, help="threads of the CPU [1]")
+    add("--results", type=Path, default=RESULTS, help="file of the results [results/bench.json]")
     flags = parser.parse_args(arguments)
     counts = (flags.repeat, flags.tokens, flags.micro_batch, flags.trl_micro_batch)
     if min(counts) < 1 or not 0 <= flags.silent <= 1:
@@ -474,18 +487,24 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--rows must be a multiple of {GROUP}")
     if flags.job == "step" and flags.rows % min(flags.trl_micro_batch, flags.rows):
         parser.error("--rows must be a multiple of --trl_micro_batch, or the peer does less work")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    path = flags.results
+    results = json.loads(path.read_text()) if path.exists() else []
     if flags.job != "table":
         torch.set_num_threads(flags.threads)
-        dtype = torch.float32 if flags.device == "cpu" else torch.bfloat16
-        machine = Machine(flags.device, dtype)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as runs do
+        flags.dtype = flags.dtype or ("float32" if flags.device == "cpu" else "bfloat16")
+        machine = Machine(flags.device, getattr(torch, flags.dtype))
         result = {"sample": bench_sample, "step": bench_step}[flags.job](flags, machine)
         command = " ".join(["python -m experiments.machine.bench", *arguments])
-        row = {"command": flags.job, "line": command, "settings": vars(flags)}
+        row = {
+            "command": flags.job,
+            "line": command,
+            "settings": vars(flags) | {"results": path.name},
+        }
         row |= {"made_with": made_with(machine), "result": result}
         same = ("line", "made_with")  # a result of the same command and machine is replaced
         results = [old for old in results if any(old[name] != row[name] for name in same)] + [row]
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     if flags.job == "table":
         comment = "bench: made by experiments/machine/bench.py table"
