@@ -276,8 +276,8 @@ def newest_checkpoint(runs: Path) -> Path:
     """The model of the run that was trained last. Raises ValueError where there is none."""
     found = sorted(runs.glob("*/r1_zero.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        others = [path for path in sorted(runs.glob("*/*.pt")) if path.name != "last.pt"]
-        advice = f" --checkpoint {others[-1]}" if others else " a model with --checkpoint"
+        bases = sorted(runs.glob("*/base.pt"), key=lambda path: path.stat().st_mtime)
+        advice = f" --checkpoint {bases[-1]}" if bases else " a model with --checkpoint"
         advice = f"run `python train.py` to its end, or name{advice}"
         raise ValueError(f"no trained model in {runs}/: {advice}")
     return found[-1]

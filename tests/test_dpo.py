@@ -229,7 +229,7 @@ def test_the_kind_of_loss_its_beta_and_smoothing_are_the_configs():
         assert run.records[0]["loss"] == pytest.approx(first)
         rows, models = rows_of(held_out), (run.written["dpo_1.pt"], small_model(task="world"))
         logps, ref_logps = (all_answer_logps(model, rows).chunk(2) for model in models)
-        how = {"beta": 0.3, "kind": "sigmoid", "label_smoothing": 0.0}
+        how = {"beta": Config.dpo_beta, "kind": "sigmoid", "label_smoothing": 0.0}
         how |= {name.removeprefix("dpo_"): x for name, x in changes.items()}
         how["kind"] = how.pop("loss", how["kind"])
         expected = dpo_loss(*logps, *ref_logps, **how)[0].item()

@@ -506,15 +506,16 @@ def test_imitation_reads_the_positions_of_a_batch():
 
 
 def test_the_log_of_imitation_tells_how_well_verdicts_are_known():
-    """Their mean probability over the steps of a line; no number for a task without them."""
+    """Their mean probability over the steps of a line, not of a question's words; no number for a
+    task without them."""
     model, run = small_model(task="signs"), Unsaved()
     encode = get_tokenizer("signs").encode
-    rows = [encode(f" 3 : 3{word} 3") for word in (" yes", " no", " :", " yes")]
+    rows = [encode(f" no : 3{word} 3") for word in (" yes", " no", " :", " yes")]
     batches = [torch.tensor(rows[:3]), torch.tensor(rows[2:3]), torch.tensor(rows[3:])]  # 2, 0, 1
     with torch.no_grad():
         probs = [token_logps(model(x), x)[:, 3].exp() for x in batches]
     expected = torch.cat([probs[0][:2], probs[2]]).mean()
-    given = [(x, torch.ones_like(x, dtype=torch.bool), None) for x in batches]
+    given = [(x, (torch.arange(5) > 0).expand(x.shape), None) for x in batches]
     config = replace(SMALL, task="signs")
     train.imitate(config, run, "base", model, given.__getitem__, 3, 0.0)
     (record,) = run.records
