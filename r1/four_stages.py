@@ -40,9 +40,9 @@ class Config(reward_model.Config):
     cold_documents: int = 64  # stage 1: documents that a person would write
     cold_steps: int = 8  # stage 1: optimizer steps
     reasoning_steps: int = 60  # stage 2: rollouts
-    curated: int = 250  # stage 3: answers that people write; three times as many problems are asked
-    sft_steps: int = 60  # stage 3: optimizer steps
-    all_steps: int = 60  # stage 4: rollouts
+    curated: int = 500  # stage 3: answers that people write; three times as many problems are asked
+    sft_steps: int = 125  # stage 3: optimizer steps
+    all_steps: int = 80  # stage 4: rollouts
     all_beta: float = 0.2  # stage 4: weight of the KL to Dev3
     judged_from: float = 0.5  # stage 4: share of the rollouts before requests and their judge come
     request_share: float = 0.5  # stage 4: share of requests among the prompts from then on
@@ -50,6 +50,7 @@ class Config(reward_model.Config):
     student_width: int = 32  # its width; a third of its feed-forward layers' width
     student_steps: int = 4000  # optimizer steps of its pretraining
     distill_steps: int = 300  # optimizer steps of its fine-tuning
+    eval_problems: int = 300  # held-out chains of each evaluation
 
     method: ClassVar = "r1"
     RANGES: ClassVar = reward_model.Config.RANGES | {
