@@ -17,6 +17,7 @@ PAGES = [
     ROOT / "tests" / "README.md",
     *sorted((ROOT / "experiments").rglob("*.md")),
     *sorted((ROOT / "rlhf").rglob("*.md")),
+    *sorted((ROOT / "r1").rglob("*.md")),
 ]
 PROSE = "\n".join(page.read_text() for page in PAGES)
 CHAINS = Chains()

@@ -19,6 +19,7 @@ from experiments.study.collect import TABLES, markdown
 from grpo import VARIANTS, clipped_weight, sequence_ratio
 from kit import flags
 from model import save_tensors
+from r1 import controls
 from tests.small import PAGES, PROSE, SMALL, Unsaved, run_grpo, small_model
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "kit": LOWER | {"sample", "kit"},
     "train": LOWER | {"sample", "kit"},
     "rlhf": LOWER | {"sample", "kit", "train", "rlhf"},
+    "r1": LOWER | {"sample", "kit", "train", "rlhf", "r1"},
 }
 PACKAGES = {"torch", "tiktoken", "numpy", "tqdm"}
 
@@ -92,7 +94,9 @@ def test_files_tests_and_flags_that_the_pages_name_exist():
     assert len(re.findall(r"`(test_\w+)`", PROSE)) >= 40
     scripts = (ROOT / "sample.py", *(ROOT / "experiments").rglob("*.py"))
     knobs = {flag for path in scripts for flag in re.findall(r'"--([a-z_]+)"', path.read_text())}
-    knobs |= {field.name for field in fields(train.Config)} | {"help", "noconftest"}
+    configs = train.Config, controls.Config  # of R1's controls, which has every knob of its stages
+    knobs |= {field.name for config in configs for field in fields(config)}
+    knobs |= {"help", "noconftest"}
     knobs |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}  # torchrun's
     for page in PAGES:
         text = page.read_text()
@@ -121,7 +125,9 @@ def test_the_table_of_the_log_has_each_field_and_no_other():
     for each in (config, other):
         web = document_batches(each.task, range(1, 3), 0, 512, 96)
         train.imitate(each, run, "base", small_model(task=each.task), web, 1, 1e-3)
-    ours = {"right_tokens", *records[0]}.union(*run.records)  # nothing that this model says is right
+    ours = {"right_tokens", *records[0]}.union(
+        *run.records
+    )  # nothing that this model says is right
     # Of each rule by language the table names two as an example.
     others = {f"{rule}_{x}" for rule in ("reward", "format") for x in ("en", "ko")}
     others |= {name for name in ours if "_thinks_in_" in name}  # nor the measures of two languages
