@@ -764,12 +764,12 @@ def test_rollouts_go_on_from_the_prefix_that_they_are_given(monkeypatch):
     monkeypatch.setattr(study, "ROLLOUTS", 5)
     monkeypatch.setattr(study, "AT_ONCE", 2)
     words, problem = get_tokenizer("signs"), TASKS["signs"].ask((4, 3, 6), 7)
-    answers = (" 4 + 3 + 6", " 4 - 3 + 6", " 4 * 3", " 4 - 3 + 6")  # neither in order nor as long
+    answers = (" 4 - 3 + 6", " 4 * 3", " 4 - 3 + 6", " 3")  # in no order of their lengths
     texts = [f"<think> easy</think><answer>{answer}</answer>" for answer in answers]
     begun = [(problem, words.encode(text, tags=True)) for text in texts]
     config = Config(max_new_tokens=max(len(prefix) for _, prefix in begun) + 1)
     rewards, right = study.rewards_from(small_model(task="signs"), begun, config)
-    assert right.tolist() == [[x] * 5 for x in (0.0, 1.0, 0.0, 1.0)]
+    assert right.tolist() == [[x] * 5 for x in (1.0, 0.0, 1.0, 0.0)]
     assert ((rewards == right) | (rewards == right + 1)).all()  # if nothing follows: the format
 
 
@@ -796,8 +796,14 @@ def test_each_way_for_a_value_model_to_learn_is_measured(monkeypatch):
 
 def test_a_value_along_a_thought_has_read_what_stands_before_it(monkeypatch):
     """At each token the value of the prefix, as the value model says it of the prefix alone, and
-    rollouts that go on from there: behind a whole wrong answer, nobody is right."""
-    monkeypatch.setattr(study, "ROLLOUTS", 2)
+    rollouts that go on from there."""
+    begun = []
+
+    def rewards_from(policy, prefixes, config):
+        begun.extend(prefix for _, prefix in prefixes)
+        return np.ones((len(prefixes), 2)), np.zeros((len(prefixes), 2))
+
+    monkeypatch.setattr(study, "rewards_from", rewards_from)
     value, problem = other_value_model("signs"), TASKS["signs"].ask((4, 3, 6), 7)
     rollout = rollout_of([problem], ["<think> easy</think><answer> 4 + 3</answer>"])
     config = Config(max_new_tokens=40)
@@ -807,12 +813,14 @@ def test_a_value_along_a_thought_has_read_what_stands_before_it(monkeypatch):
         expected = value(rollout.tokens[:, : start + t])[0, -1].item()
         assert found["value"][t] == pytest.approx(expected, abs=1e-3)
     assert "".join(said[:-1]) == "<think> easy</think><answer> 4 + 3</answer>"
-    assert len(found["reward"]) == len(found["right"]) == len(said) and found["right"][-1] == 0
+    ids = rollout.tokens[0, start:].tolist()
+    assert begun == [ids[:t] for t in range(len(said))]
+    assert found["reward"] == [1.0] * len(said) and found["right"] == [0.0] * len(said)
 
 
 def test_what_a_forward_pass_keeps_is_counted_without_weights():
-    """A linear layer keeps its input, and a square keeps the layer's output."""
-    layer, x = torch.nn.Linear(3, 4, bias=False), torch.ones(10, 3)
+    """A linear layer keeps its input and its weight, and a square keeps the layer's output."""
+    layer, x = torch.nn.Linear(3, 4, bias=False), torch.ones(10, 3, requires_grad=True)
     kept = study.kept_for_backward(lambda: layer(x).square().sum(), layer)
     assert kept == 4 * (10 * 3 + 10 * 4)
 
