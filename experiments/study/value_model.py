@@ -532,13 +532,21 @@ def critics_table(results: dict) -> str:
     return grid(["the value model", *(f"after {n} rollouts" for n in (2, 4, 8))], rows, below)
 
 
-TABLES = {
-    "critics": critics_table,
-    "grid": grid_table,
-    "seeds": seeds_table,
-    "values": values_table,
-    "costs": costs_table,
+TABLES = {  # each with its part of the results, without which it is left out
+    "critics": (lambda results: results["critics"], critics_table),
+    "values": (lambda results: results["examined"], values_table),
+    "seeds": (
+        lambda results: [run for run in results["runs"] if run["seed"] != CHOOSING],
+        seeds_table,
+    ),
+    "grid": (lambda results: of(results["runs"], seed=CHOOSING), grid_table),
+    "costs": (lambda results: results["costs"], costs_table),
 }
+
+
+def tables(results: dict) -> dict[str, str]:
+    """The tables of what has been run, by name."""
+    return {name: table(results) for name, (part, table) in TABLES.items() if part(results)}
 
 
 def publish(folder: Path) -> None:
@@ -548,22 +556,23 @@ def publish(folder: Path) -> None:
         (path.parent for path in folder.glob("*/*/result.json")),
         key=lambda run: (run.parent.name, order.index(run.name)),
     )
-    looked_at = [run / "value.json" for run in ended if (run / "value.json").is_file()]
-    examined = [json.loads(path.read_text()) for path in looked_at]
-    drawn = [thought for each in examined for thought in each.pop("thoughts", [])]
+    paths = [folder / "critics.json", *(run / "value.json" for run in ended), folder / "costs.json"]
+    critics, *examined, costs = (
+        json.loads(path.read_text()) if path.is_file() else {} for path in paths
+    )
+    drawn = [each.pop("thoughts", []) for each in (*examined, critics)]
     results = {
         "hardware": processor(),
         "torch": version("torch"),
         "runs": [run_of(run) for run in ended],
-        "examined": examined,
-        "critics": json.loads((folder / "critics.json").read_text()),
-        "costs": json.loads((folder / "costs.json").read_text()),
-        "thoughts": drawn[:2],
+        "examined": [each for each in examined if each],
+        "critics": critics,
+        "costs": costs,
+        "thoughts": next(filter(None, drawn), []),
     }
     (RESULTS / "ppo.json").write_text(json.dumps(results, indent=1) + "\n")
-    for name, table in TABLES.items():
-        comment = f"{name}: made by experiments/study/value_model.py"
-        write_into_page(comment, table(results), pages=[PAGE])
+    for name, text in tables(results).items():
+        write_into_page(f"{name}: made by experiments/study/value_model.py", text, pages=[PAGE])
     pictures.draw_results(RESULTS)
 
 
