@@ -784,9 +784,10 @@ def test_what_is_knowable_of_a_coin_is_the_variance_of_its_bias():
 
 
 def test_each_way_for_a_value_model_to_learn_is_measured(monkeypatch):
-    """Of a policy that stays, after each rollout; then its values stand beside rollouts. Random
+    """Of a policy that stays, at each look; then its values stand beside rollouts. Random
     weights earn nothing: there is nothing to explain and nothing to know."""
-    for name in ("WARMUP", "HELD_OUT", "PREFIXES", "ROLLOUTS"):
+    monkeypatch.setattr(study, "LOOKS", (1, 2))
+    for name in ("HELD_OUT", "PREFIXES", "ROLLOUTS"):
         monkeypatch.setattr(study, name, 2)
     found = study.critics(small_model(task="signs"), config_of(task="signs", prompts=2))
     assert found["explained"] == {name: [0.0, 0.0] for name in study.CRITICS}

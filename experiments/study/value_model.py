@@ -74,7 +74,7 @@ CRITICS = {  # whether the value model begins at the mean reward, and what else 
     "begins at 0, no clip": (False, {"value_clip": math.inf}),
     "begins at 0, no clip, two passes": (False, {"value_clip": math.inf, "inner_epochs": 2}),
 }
-WARMUP = 8  # rollouts that these learn from
+LOOKS = (2, 4, 8)  # rollouts that these have learned from when they are measured
 CHOOSING = 10  # the seed of the grid; settings are compared on others
 COMMAND = "python -m experiments.study.value_model"
 LAST = 10  # steps at the end of a run whose explained variance is averaged
@@ -195,8 +195,8 @@ def calibration(policy: Transformer, value: ScalarModel, config: ppo.Config) -> 
 
 
 def critics(policy: Transformer, config: ppo.Config) -> dict:
-    """What a value model knows of this policy after each of WARMUP rollouts, in each of several
-    ways to learn. Explained variances are of held-out problems. Values of PASSES are held against
+    """What a value model knows of this policy after a few rollouts, in each of several ways
+    to learn. Explained variances are of held-out problems. The values of PASSES are held against
     rollouts."""
     reward = train.rules(rule_weights(config.rewards), tokenizer_of(policy))
 
@@ -205,7 +205,7 @@ def critics(policy: Transformer, config: ppo.Config) -> dict:
         returns = rewards["reward"][:, None].expand(rollout.mask.shape)
         return rollout, returns, rewards
 
-    learned = [rewarded(*train.sample(config, policy, step)) for step in range(WARMUP)]
+    learned = [rewarded(*train.sample(config, policy, step)) for step in range(LOOKS[-1])]
     asked = held_out_problems(config.task, config.levels, HELD_OUT, config.seed, "critics")
     how = {"group_size": 4, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
     held_out, came, _ = rewarded(asked, complete(policy, asked, **how))
@@ -221,8 +221,9 @@ def critics(policy: Transformer, config: ppo.Config) -> dict:
             for rows in train.minibatches(now, step, len(returns)):
                 ppo.add_value_gradient(now, value, rollout, before, returns, rows)
                 train.optimizer_step(value, optimizer, lr, config.max_grad_norm)
-            values = rollout_values(value, held_out, config.micro_batch)
-            found[name].append(explained_variance(values, came, held_out.mask).item())
+            if step + 1 in LOOKS:
+                values = rollout_values(value, held_out, config.micro_batch)
+                found[name].append(explained_variance(values, came, held_out.mask).item())
     return {"explained": found, **looked_at(policy, models[PASSES], config)}
 
 
@@ -518,18 +519,15 @@ def costs_table(results: dict) -> str:
 
 
 def critics_table(results: dict) -> str:
-    """The explained variance of each way to learn, after 2, 4 and 8 rollouts."""
+    """The explained variance of each way to learn."""
     found = results["critics"]
-    rows = [
-        [name, *(f"{each[n - 1]:.2f}" for n in (2, 4, 8))]
-        for name, each in found["explained"].items()
-    ]
+    rows = [[name, *(f"{x:.2f}" for x in each)] for name, each in found["explained"].items()]
     below = (
-        f"`{COMMAND} critics BASE --seed {found['seed']}`: rollouts of {found['task']}'s base, 256 "
+        f"`{COMMAND} critics BASE --seed {found['seed']}`: of the base model of {found['task']}, "
     )
-    below += f"completions each; {HELD_OUT} held-out problems, 4 completions of each. Knowable: "
-    below += f"{found['knowable']:.2f}. {made_on(results)}"
-    return grid(["the value model", *(f"after {n} rollouts" for n in (2, 4, 8))], rows, below)
+    below += f"256 completions a rollout; {HELD_OUT} held-out problems, 4 completions of each. "
+    below += f"Knowable: {found['knowable']:.2f}. {made_on(results)}"
+    return grid(["the value model", *(f"after {n} rollouts" for n in LOOKS)], rows, below)
 
 
 TABLES = {  # each with its part of the results, without which it is left out
