@@ -861,3 +861,34 @@ def test_every_row_of_the_study_spends_the_same(tmp_path):
     (tmp_path / "ppo_8" / "last.pt").touch()
     (job,) = study.jobs(tmp_path, "signs", 3, ["ppo_8"], tmp_path / "base.pt")
     assert job.command() == ["-m", "rlhf.ppo", "--resume", f"{tmp_path}/ppo_8"]
+
+
+def test_the_tables_claim_only_where_ranges_lie_apart():
+    """Made of known runs; a table of what has not been run is left out."""
+    runs = [
+        {"task": "signs", "seed": seed, "row": row, "base": 0.2, "pass@1": right}
+        | {"looks": {"10": 0.3, "20": 0.4, "30": 0.5}, "completions": 512, "tokens": 2_000_000}
+        | {"explained variance": None if row == "grpo_8" else 0.3}
+        for row, rights in (("grpo_8", (0.5, 0.6)), ("ppo_8", (0.7, 0.8)), ("ppo_1", (0.55, 0.8)))
+        for seed, right in enumerate(rights)
+    ]
+    results = {
+        "runs": runs,
+        "examined": [],
+        "critics": {},
+        "costs": [],
+        "hardware": "",
+        "torch": "",
+    }
+    found = study.tables(results)
+    assert list(found) == ["seeds"]
+    (ppo_8,) = (line for line in found["seeds"].splitlines() if line.startswith("| signs | PPO | "))
+    cells = (
+        "40.0 % (40.0-40.0) | 75.0 % (70.0-80.0) | above, all seeds | 0.30 (0.30 to 0.30) | 2.00"
+    )
+    assert cells in ppo_8
+    assert "| signs | PPO `--prompts 256 --group_size 1` |" in found["seeds"]
+    assert found["seeds"].count("ranges overlap") == 1
+    results["runs"] = [run | {"seed": study.CHOOSING} for run in runs if run["seed"] == 0]
+    assert list(study.tables(results)) == ["grid"]
+    assert "| PPO | 70.0 % | 0.30 |" in study.tables(results)["grid"]
