@@ -192,7 +192,8 @@ def test_the_main_job_reaches_what_it_should_for_every_seed():
     for run in runs:
         base, trained = run["base"], run["r1_zero"]
         assert 0.1 <= base["pass@1"] <= 0.3
-        assert trained["by_level"]["2"] >= 0.93 and trained["by_level"]["3"] >= 0.7
+        assert trained["by_level"]["2"] >= 0.92 and trained["by_level"]["3"] >= 0.75
+        assert trained["by_level"]["4"] >= 0.45
         assert trained["format"] >= 0.95
         assert trained["completion_tokens"] >= 2.5 * base["completion_tokens"]
         assert base["thinking"]["tries"] < Signs.most_tries < trained["thinking"]["tries"]
