@@ -32,6 +32,8 @@ class CapturedDecoder:
     as long as the decoder. The numbers that the host knows, of rows and of positions, choose the
     graph. They are rounded up, so that there are few graphs. Weights have fixed addresses too: the
     decoder sees changes in place, by an optimizer or by `load_state_dict`, and no new tensors.
+
+    experiments/machine/README.md says, kernel by kernel, why a step can be captured.
     """
 
     def __init__(self, model: Transformer, rows: int, positions: int):
@@ -47,9 +49,13 @@ class CapturedDecoder:
         while self.sizes[-1] >= 2 * FEWEST_ROWS:
             self.sizes.append((self.sizes[-1] + 1) // 2)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        if self.device.type == "cuda":
-            self.stream = torch.cuda.Stream(self.device)  # the default stream cannot be captured
-            self.pool = torch.cuda.graph_pool_handle()  # shared: nothing in it outlives a step
+        self.captures = self.device.type == "cuda"
+        if self.captures:
+            # The default stream cannot be captured. Warm-up and capture share a stream, because
+            # cuBLAS makes a workspace for each: the warm-up makes it, outside of any graph's pool.
+            self.stream = torch.cuda.Stream(self.device)
+            # What a step allocates ends with it, so the graphs can share memory, in any order.
+            self.pool = torch.cuda.graph_pool_handle()
 
     def generate(self, model: Transformer, prompts: list[list[int]], **how) -> Rollout:
         """`sample.generate`, by graphs. Also raises ValueError for another model, and for more rows
@@ -120,8 +126,8 @@ class CapturedDecoder:
     def replay(self, *key) -> None:
         """Run a step by its graph. The first step with a key has no graph yet: it runs on a stream
         of its own, as the warm-up that a capture needs. Then the graph is captured, which records
-        kernels and runs none."""
-        if self.device.type != "cuda":
+        kernels and runs none. So each call is one step, the first too."""
+        if not self.captures:
             self.step(*key)
         elif key in self.graphs:
             self.graphs[key].replay()

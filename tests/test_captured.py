@@ -1,6 +1,11 @@
 """The captured decoder: it samples what the plain path does, and its step may be captured."""
 
-from contextlib import nullcontext
+import os
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+# Products are deterministic on a GPU only where this is set before the first of them.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
@@ -249,6 +254,66 @@ def test_a_captured_step_stays_on_its_device(temperature, monkeypatch):
     assert {"embedding", "index_put_", "mm"} <= seen, "the test must see what is called"
 
 
+def test_the_first_step_with_a_key_is_one_step(small_graphs, monkeypatch):
+    """A stand-in for CUDA's graphs records while it captures, and runs nothing: with it, rollouts
+    are the plain path's. So the warm-up is a step, and what is captured runs at replays alone."""
+
+    class Graph:
+        def replay(self):
+            ran.append("replay")
+            step(*self.key)
+
+    @contextmanager
+    def graph(graph, pool, stream):
+        monkeypatch.setattr(decoder, "step", lambda *key: setattr(graph, "key", key))
+        yield
+        monkeypatch.setattr(decoder, "step", eager)
+
+    def eager(*key):
+        ran.append("warm-up")
+        step(*key)
+
+    model, ran = make_model(), []
+    decoder = CapturedDecoder(model, 45, 40)
+    step, stream = decoder.step, SimpleNamespace(wait_stream=lambda other: None)
+    decoder.captures, decoder.stream, decoder.pool = True, stream, None
+    monkeypatch.setattr(decoder, "step", eager)
+    for name, stand_in in (
+        ("CUDAGraph", Graph),
+        ("graph", graph),
+        ("stream", lambda stream: nullcontext()),
+        ("current_stream", lambda device: stream),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    asked = {"group_size": 10, "max_new_tokens": 25, "eos_id": EOS}
+    for seed in (1, 1, 2):
+        captured = decoder.generate(model, PROMPTS, **asked, seed=seed)
+        assert_same(captured, generate(model, PROMPTS, **asked, seed=seed))
+    assert ran.count("warm-up") == len(decoder.graphs) > 3
+    assert ran.count("replay") > 2 * len(decoder.graphs)
+
+
+def test_a_rollout_moves_no_tensor_of_the_decoder(small_graphs):
+    """Graphs hold addresses. Compaction reads and writes the one cache in place."""
+
+    def addresses():
+        parts = vars(decoder) | vars(decoder.cache) | vars(decoder.rollout)
+        return {name: x.data_ptr() for name, x in parts.items() if torch.is_tensor(x)}
+
+    model = make_model(eos_bias=2.0)
+    decoder = CapturedDecoder(model, 45, 40)
+    before, sizes, select = addresses(), [], type(decoder.cache).select
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(decoder.cache),
+            "select",
+            lambda *given: (sizes.append(len(given[1])), select(*given)),
+        )
+        decoder.generate(model, PROMPTS, group_size=11, max_new_tokens=30, eos_id=EOS)
+    assert len(sizes) >= 3, "prefill, and batches that shrink"
+    assert addresses() == before and {"keys", "values", "lengths", "noise", "tokens"} <= set(before)
+
+
 def test_a_captured_decoder_that_does_not_fit_is_refused():
     model = make_model()
     decoder = CapturedDecoder(model, 4, 12)
@@ -262,9 +327,14 @@ def test_a_captured_decoder_that_does_not_fit_is_refused():
         decoder.generate(make_model(), [[1, 2]], max_new_tokens=3, eos_id=EOS)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="conftest.py hides GPUs: run this one with --noconftest"
+# ----------------------------------------------------- on a GPU: pytest --noconftest -k on_a_gpu
+
+on_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="conftest.py hides GPUs: run these with --noconftest"
 )
+
+
+@on_a_gpu
 def test_replayed_graphs_sample_what_the_plain_path_does_on_a_gpu(small_graphs):
     model = make_model().float().cuda()
     decoder = CapturedDecoder(model, 45, 40)
@@ -281,3 +351,88 @@ def test_replayed_graphs_sample_what_the_plain_path_does_on_a_gpu(small_graphs):
     captured = decoder.generate(model, PROMPTS, **asked, seed=3)
     assert_same(captured, generate(model, PROMPTS, **asked, seed=3))
     assert rows_of(captured) != rollouts[3], "graphs follow the weights"
+
+
+@on_a_gpu
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_graphs_follow_an_optimizer_on_a_gpu(small_graphs, in_bfloat16):
+    """After a step in place, captured graphs say what the plain path says of the new weights: no
+    graph reads old weights that autocast once cast."""
+    model = make_model().float().cuda()
+    model.in_bfloat16 = in_bfloat16
+    decoder = CapturedDecoder(model, 45, 40)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    tokens = torch.tensor([PROMPTS[0]], device="cuda")
+    asked = {"group_size": 10, "max_new_tokens": 25, "eos_id": EOS, "seed": 1}
+    old = decoder.generate(model, PROMPTS, **asked)
+    for _ in range(3):
+        model(tokens).logsumexp(dim=-1).sum().backward()
+        optimizer.step()
+        plain, captured = (
+            generate(model, PROMPTS, **asked),
+            decoder.generate(model, PROMPTS, **asked),
+        )
+        width = min(plain.tokens.shape[1], captured.tokens.shape[1])
+        same = (plain.tokens[:, :width] == captured.tokens[:, :width]).long().cumprod(dim=1).bool()
+        same &= plain.mask[:, :width] & captured.mask[:, :width]
+        assert same.sum() > 0.8 * plain.mask.sum()
+        gap = (plain.logps[:, :width] - captured.logps[:, :width])[same].abs().mean()
+        assert gap <= (1e-2 if in_bfloat16 else 1e-5)
+    assert rows_of(captured) != rows_of(old)
+
+
+@on_a_gpu
+def test_a_replay_allocates_nothing_on_a_gpu(small_graphs):
+    """All that a captured step allocates lies in the pool of its graph."""
+    model = make_model().float().cuda()
+    decoder = CapturedDecoder(model, 45, 40)
+    asked = {"group_size": 10, "max_new_tokens": 25, "eos_id": EOS}
+    decoder.generate(model, PROMPTS, **asked)
+    decoder.cache.lengths.zero_()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for graph in decoder.graphs.values():
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@on_a_gpu
+def test_deterministic_kernels_are_captured_too_on_a_gpu(small_graphs):
+    """index_put, cumsum and searchsorted as --deterministic has them, within graphs."""
+    model = make_model().float().cuda()
+    decoder = CapturedDecoder(model, 45, 40)
+    asked = {"group_size": 10, "max_new_tokens": 25, "eos_id": EOS, "seed": 1}
+    torch.use_deterministic_algorithms(True)
+    try:
+        rollouts = [decoder.generate(model, PROMPTS, **asked) for _ in range(2)]
+        assert_same(rollouts[0], generate(model, PROMPTS, **asked))
+        assert_same(*rollouts, tolerance=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_a_mask_is_memory_efficient_on_a_gpu(dtype, monkeypatch):
+    """It takes masks, shared keys as `Attention` folds them, and strided views of a cache. Flash
+    attention takes no mask."""
+    chosen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **how):
+        params = torch.backends.cuda.SDPAParams(query, key, value, attn_mask, 0.0, False, False)
+        kernels = torch.backends.cuda
+        chosen.append(
+            (
+                kernels.can_use_flash_attention(params, False),
+                kernels.can_use_efficient_attention(params, False),
+            )
+        )
+        return attend(query, key, value, attn_mask=attn_mask, **how)
+
+    model = make_model().float().cuda()
+    model.in_bfloat16 = dtype == torch.bfloat16
+    decoder = CapturedDecoder(model, 4, 40)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with torch.no_grad():
+        decoder.step(4, 32, 1.0, EOS)
+    assert chosen and set(chosen) == {(False, True)}
