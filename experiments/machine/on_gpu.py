@@ -36,6 +36,7 @@ from experiments.watch.plot import read_log
 from kit.evaluate import share
 from kit.flags import command_line
 from model import load_tensors
+from train import PRESETS, Config
 
 RESULTS = collect.RESULTS / "gpu"
 SEEDS = (0, 1, 2)
@@ -218,6 +219,9 @@ def say_bench(row: dict) -> str:
     return f"{ours}; products and copies alone: {share}; times as fast as {peers}"
 
 
+PRESET = Config(**PRESETS["gpu"])
+OF_PRESET = f"--shape gpu --rows {PRESET.prompts * PRESET.group_size} --tokens 240"
+OF_PRESET += f" --dtype {PRESET.dtype}"
 PIECES = [
     Piece("tests", "`pytest --noconftest -k on_a_gpu`", cuda_tests, read_tests, say_tests),
     Piece(
@@ -244,15 +248,11 @@ PIECES = [
     *(
         Piece(name, what, bench_of(name, *settings.split()), partial(read_bench, name), say_bench)
         for name, what, settings in (
-            (
-                "sampler",
-                "the sampler, the preset's shape and rows",
-                "sample --shape gpu --rows 512 --tokens 120 --dtype float32",
-            ),
+            ("sampler", "the sampler, the preset's shape and rows", f"sample {OF_PRESET}"),
             (
                 "step",
                 "a GRPO step, the preset's shape and rows",
-                "step --shape gpu --rows 512 --tokens 120 --micro_batch 256 --dtype float32",
+                f"step {OF_PRESET} --micro_batch {PRESET.micro_batch}",
             ),
             (
                 "large_sampler",
