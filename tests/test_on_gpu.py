@@ -12,7 +12,7 @@ from tests.small import PROSE, SHAPE_FLAGS
 
 TRAIN = "--preset=tiny --pretrain_steps=60 --steps=3 --prompts=4 --group_size=4 --eval_every=1"
 TRAIN += f" --eval_problems=8 --max_new_tokens=24 {' '.join(SHAPE_FLAGS)}"
-BENCH = "--shape=cpu --rows=32 --tokens=8 --repeat=1 --micro_batch=32"
+BENCH = "--dtype=float32 --shape=cpu --rows=32 --tokens=8 --repeat=1 --micro_batch=32"
 
 
 def python(makes, code):
