@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from kit import parallel
 from kit.evaluate import PART
 from model import ModelConfig, Transformer
 from sample import new_cache
@@ -26,7 +27,7 @@ def check_memory(config, model_config: ModelConfig) -> None:
 
 def memory_needed(config, model_config: ModelConfig) -> list[tuple[str, int, str]]:
     """The parts of a run: what fills the memory, how many bytes it takes at least together with the
-    weights, and which flag to lower."""
+    weights, and which flag to lower. Several processes share all but the weights."""
     with torch.device("meta"):  # shapes without memory
         model = Transformer(model_config)
         model.in_bfloat16 = config.in_bfloat16
@@ -36,8 +37,9 @@ def memory_needed(config, model_config: ModelConfig) -> list[tuple[str, int, str
     copies = 5 + (config.beta > 0)
     sampled = config.prompts * config.group_size
     evaluated = min(PART, config.eval_problems) * config.eval_samples
-    rows = max(sampled, evaluated)
-    updated = min(config.micro_batch, math.ceil(sampled / config.minibatches))
+    processes = parallel.size()
+    rows = math.ceil(max(sampled, evaluated) / processes)
+    updated = min(config.micro_batch, math.ceil(sampled / config.minibatches / processes))
     position = bytes_kept(model_config, config.in_bfloat16)
     lower = "lower --prompts, --group_size or --eval_samples"
     parts = [
@@ -50,7 +52,7 @@ def memory_needed(config, model_config: ModelConfig) -> list[tuple[str, int, str
         ),
         (
             f"{config.pretrain_tokens:,} tokens of a step",
-            config.pretrain_tokens * position,
+            config.pretrain_tokens // processes * position,
             "lower --pretrain_tokens",
         ),
     ]

@@ -7,6 +7,7 @@ import torch
 
 import train
 from grpo import token_logps
+from kit import parallel
 from kit.evaluate import PART
 from kit.memory import bytes_kept, check_memory, memory_needed
 from model import ModelConfig, Transformer
@@ -39,8 +40,9 @@ def test_a_position_keeps_at_least_what_is_counted(shape, in_bfloat16):
     assert bytes_kept(config, in_bfloat16) <= found < 2 * bytes_kept(config, in_bfloat16)
 
 
-def test_the_parts_of_a_run_are_counted():
-    """Copies of the weights, caches of the larger of rollout and evaluation, rows of an update."""
+def test_the_parts_of_a_run_are_counted(monkeypatch):
+    """Copies of the weights, caches of the larger of rollout and evaluation, rows of an update; a
+    process of two takes half of all but the weights."""
     model = Transformer(MODEL)
     weights = sum(weight.nbytes for weight in model.parameters())
     row = sum(x.nbytes for x in (new_cache(model, 1, 128).keys, new_cache(model, 1, 128).values))
@@ -50,6 +52,9 @@ def test_the_parts_of_a_run_are_counted():
     more = replace(CONFIG, prompts=1024, beta=0.1, micro_batch=10**6, minibatches=3)
     parts = [size - 6 * weights for _, size, _ in memory_needed(more, MODEL)]
     assert parts == [0, 8192 * row, 2731 * 128 * position, 512 * position]
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    parts = [size - 6 * weights for _, size, _ in memory_needed(more, MODEL)]
+    assert parts == [0, 4096 * row, 1366 * 128 * position, 256 * position]
 
 
 @pytest.mark.parametrize(
