@@ -4,9 +4,9 @@ becomes of a policy that is pushed on.
     python -m rlhf.compare                          # base, fine-tuning, reward model, all methods
     python -m rlhf.compare --init out/RUN/base.pt   # from a base model of the world
 
-A method walks away from the fine-tuned model. Points on its path are measured on two splits of
-requests: the KL, the judge's score and gold. Methods are compared at the point of their path whose
-KL is nearest to --nats.
+A method walks away from the fine-tuned model. Points on its path are measured on requests about
+held-out numbers: the KL, the judge's score and gold. Methods are compared at the point of their
+path whose KL is nearest to --nats.
 """
 
 import re
@@ -30,36 +30,31 @@ from sample import load_policy
 MOST = 64  # answers from which best-of-n picks
 
 
-def path(config: Config, run: Run, stage: str, sft: Transformer, score: train.Reward) -> dict:
+def path(
+    config: Config, run: Run, stage: str, sft: Transformer, score: train.Reward, **which
+) -> dict:
     """The points of a stage's path, by the models that it left."""
     files = {int(re.search(r"(\d+).pt$", x.name)[1]): x for x in run.folder.glob(f"{stage}_[0-9]*")}
-    walked = [{"step": 0, **point(config, sft, sft, score)}]
+    walked = [{"step": 0, **point(config, sft, sft, score, **which)}]
     for step, file in sorted(files.items()):
-        walked.append({"step": step, **point(config, load_policy(file), sft, score)})
+        walked.append({"step": step, **point(config, load_policy(file), sft, score, **which)})
     return {"points": walked}
 
 
-def nearest(points: list[dict], nats: float, split: str = "held_out") -> dict:
+def nearest(points: list[dict], nats: float) -> dict:
     """The point behind the start whose KL is nearest to this."""
-    return min(points[1:], key=lambda at: abs(at[split]["kl"] - nats))
+    return min(points[1:], key=lambda at: abs(at["kl"] - nats))
 
 
 def pick_best(config: Config, sft: Transformer, score: train.Reward) -> dict:
     """Best-of-n of the fine-tuned model's answers, for each n that is a power of 2."""
-    found = {}
-    for split in ("seen", "held_out"):
-        *_, scores, golds = ask(config, sft, score, split == "held_out", MOST)
-        found[split] = scores.view(-1, MOST), golds.view(-1, MOST)
-
-    def picked(n: int) -> dict:
-        row = {"n": n}
-        for split, (scores, golds) in found.items():
-            picks = best_of(scores, n)
-            proxy, gold = (x.gather(1, picks).mean().item() for x in (scores, golds))
-            row[split] = {"kl": best_of_kl(n), "proxy": proxy, "gold": gold}
-        return row
-
-    return {"points": [picked(2**i) for i in range(MOST.bit_length())]}
+    *_, scores, golds = ask(config, sft, score, held_out=True, samples=MOST)
+    scores, golds, points = scores.view(-1, MOST), golds.view(-1, MOST), []
+    for n in (2**i for i in range(MOST.bit_length())):
+        picks = best_of(scores, n)
+        proxy, gold = (x.gather(1, picks).mean().item() for x in (scores, golds))
+        points.append({"n": n, "kl": best_of_kl(n), "proxy": proxy, "gold": gold})
+    return {"points": points}
 
 
 def costs(sft: Transformer, reward: ScalarModel) -> dict[str, dict[str, int]]:
@@ -81,13 +76,13 @@ def costs(sft: Transformer, reward: ScalarModel) -> dict[str, dict[str, int]]:
     }
 
 
-def clocked(run: Run, stage: str, learn: Callable[[], Transformer]) -> tuple[Transformer, dict]:
-    """What a stage makes, and the CPU seconds that it took; None for a stage that was stopped and
-    went on, which no clock saw whole."""
+def clocked(run: Run, stage: str, learn: Callable) -> float | None:
+    """Run a stage; the CPU seconds that it took. None for a stage that was stopped and went on,
+    which no clock saw whole."""
     whole, began = not run.stopped and stage not in run.ended, time.process_time()
-    policy = learn()
+    learn(run, stage)
     taken = time.process_time() - began
-    return policy, run.once(f"{stage}_seconds", lambda: {"cpu": taken if whole else None})
+    return run.once(f"{stage}_seconds", lambda: {"cpu": taken if whole else None})["cpu"]
 
 
 def compare(config: Config, run: Run) -> None:
@@ -104,18 +99,15 @@ def compare(config: Config, run: Run) -> None:
         "grpo_rule": partial(by_grpo, free, score=with_rule(score, config.rule)),
     }
     for stage, learn in stages.items():
-        policy, seconds = clocked(run, stage, partial(learn, run, stage, at))
+        seconds = clocked(run, stage, partial(learn, at=at))
         by = judge(worse) if stage == "grpo_fewer" else score
         walked = run.once(stage, partial(path, config, run, stage, at.sft, by))
-        found[stage] = walked | {"seconds": seconds["cpu"]}
-        if stage == "dpo":  # the step that held-out pairs chose
-            chosen = partial(point, config, policy, at.sft, score)
-            found["dpo_chosen"] = run.once("dpo_chosen", chosen)
+        found[stage] = walked | {"seconds": seconds}
     for stage in METHODS:
         close = nearest(found[stage]["points"], config.nats)
         policy, name = load_policy(run.folder / f"{stage}_{close['step']}.pt"), f"{stage}_close"
         measured = run.once(name, partial(measure, config, policy))
-        found[name] = {"step": close["step"], "kl": close["held_out"]["kl"], **measured}
+        found[name] = {"step": close["step"], "kl": close["kl"], **measured}
     found["costs"] = costs(at.sft, at.reward)
     run.finish({"device": config.device, "seed": config.seed, **found})
     print(f"\n{report(config, found)}\n\n{run.times()}")
@@ -124,23 +116,21 @@ def compare(config: Config, run: Run) -> None:
 def report(config: Config, found: dict) -> str:
     """Each method at one KL, and the end of each path, as two tables."""
     lines = [f"{f'at {config.nats:g} nats':18}{'KL':>8}{'gold':>8}{'seen':>8}{'chains':>9}"]
-    picks = nearest(found["best_of_n"]["points"], config.nats)
-    close = {
-        "fine-tuned": {"kl": 0.0, **found["sft"]},
-        f"best of {picks['n']}": {"kl": picks["held_out"]["kl"], **picks},
-    }
+    close = {"fine-tuned": {"kl": 0.0, **found["sft"]}}
     for stage in METHODS:
         close[f"{stage}, {found[f'{stage}_close']['step']} steps"] = found[f"{stage}_close"]
     for name, model in close.items():
         golds = "".join(f"{model[split]['gold']:8.2f}" for split in ("held_out", "seen"))
-        chains = share(model["chains"]) if "chains" in model else "-"
-        lines.append(f"{name:18}{model['kl']:8.2f}{golds}{chains:>9}")
-    lines.append(f"\n{'end of the path':18}{'KL':>8}{'proxy':>8}{'gold':>8}{'seen':>8}")
+        lines.append(f"{name:18}{model['kl']:8.2f}{golds}{share(model['chains']):>9}")
+    picks = nearest(found["best_of_n"]["points"], config.nats)
+    name = f"best of {picks['n']}"
+    lines.append(f"{name:18}{picks['kl']:8.2f}{picks['gold']:8.2f}")
+    lines.append(f"\n{'end of the path':18}{'KL':>8}{'gold':>8}{'judge':>8}")
     for stage, walked in found.items():
-        if stage != "best_of_n" and "points" in walked:
+        if "points" in walked:
             end = walked["points"][-1]
-            cells = "".join(f"{end['held_out'][name]:8.2f}" for name in ("kl", "proxy", "gold"))
-            lines.append(f"{stage:18}{cells}{end['seen']['gold']:8.2f}")
+            cells = "".join(f"{end[name]:8.2f}" for name in ("kl", "gold", "proxy"))
+            lines.append(f"{stage:18}{cells}")
     return "\n".join(lines)
 
 

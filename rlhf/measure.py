@@ -71,23 +71,27 @@ def log_ratios(reference: Transformer, rollout: Rollout, size: int) -> Tensor:
     return (rollout.logps - train.rollout_logps(reference, rollout, rows, size)).sum(dim=1)
 
 
-def point(config: train.Config, policy: Transformer, sft: Transformer, score: train.Reward) -> dict:
+def point(
+    config: train.Config,
+    policy: Transformer,
+    sft: Transformer,
+    score: train.Reward,
+    held_out: bool = True,
+) -> dict:
     """Where a policy stands on its path, by 4 answers to each of ASKED requests of a split: KL to
     the fine-tuned model in nats a completion, the judge's score and gold, means over the answers;
-    and what it says to a few held-out requests."""
-    found = {}
-    for split in ("seen", "held_out"):
-        asked = ask(config, policy, score, split == "held_out", samples=4)
-        problems, rollout, texts, scores, golds = asked
-        found[split] = {
-            "kl": log_ratios(sft, rollout, config.micro_batch).mean().item(),
-            "proxy": scores.mean().item(),
-            "gold": golds.mean().item(),
-            "tokens": float((rollout.ends - rollout.starts).mean()),
-        }
-    said = zip([p.prompt for p in problems], texts[::4], scores[::4].tolist(), golds[::4].tolist())
+    and what it says to the first few requests."""
+    problems, rollout, texts, scores, golds = ask(config, policy, score, held_out, samples=4)
+    prompts = [problem.prompt for problem in problems]
+    said = zip(prompts, texts[::4], scores[::4].tolist(), golds[::4].tolist())
     names = ("prompt", "said", "proxy", "gold")
-    return found | {"said": [dict(zip(names, each)) for each in list(said)[:SHOWN]]}
+    return {
+        "kl": log_ratios(sft, rollout, config.micro_batch).mean().item(),
+        "proxy": scores.mean().item(),
+        "gold": golds.mean().item(),
+        "tokens": float((rollout.ends - rollout.starts).mean()),
+        "said": [dict(zip(names, each)) for each in list(said)[:SHOWN]],
+    }
 
 
 def best_of(scores: Tensor, n: int) -> Tensor:

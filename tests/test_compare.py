@@ -29,9 +29,8 @@ def config_of(**changes):
 
 def test_the_nearest_point_is_one_behind_the_start():
     kls = enumerate((0.0, 0.9, 3.0, 2.6))
-    points = [{"step": i, "held_out": {"kl": kl}, "seen": {"kl": 2 * kl}} for i, kl in kls]
+    points = [{"step": i, "kl": kl} for i, kl in kls]
     assert nearest(points, 2.5)["step"] == 3 and nearest(points, 0.0)["step"] == 1
-    assert nearest(points, 1.5, "seen")["step"] == 1
 
 
 # ----------------------------------------------------------------------------------------- the job
@@ -73,7 +72,7 @@ def test_each_path_is_measured_by_the_models_it_left(whole, few):
         points = result[stage]["points"]
         steps = [at["step"] for at in points]
         assert steps == sorted(steps) and steps[0] == 0 and len(steps) >= 5
-        assert points[0]["held_out"]["kl"] == pytest.approx(0, abs=1e-4)
+        assert points[0]["kl"] == pytest.approx(0, abs=1e-4)
         if stage != "dpo":
             last = load_policy(folder / f"{stage}.pt").state_dict()
             left = load_policy(folder / f"{stage}_4.pt").state_dict()
@@ -89,7 +88,7 @@ def test_methods_are_compared_at_one_kl_and_what_they_hold(whole):
     for stage in ("dpo", "ppo", "grpo"):
         at, points = result[f"{stage}_close"], result[stage]["points"]
         close = nearest(points, 0.01)
-        assert at["kl"] == close["held_out"]["kl"] and at["step"] == close["step"] > 0
+        assert at["kl"] == close["kl"] and at["step"] == close["step"] > 0
         model = load_policy(folder / f"{stage}_{at['step']}.pt")
         assert at["held_out"] == measure.measure(config_of(), model)["held_out"]
         golds = f"{at['held_out']['gold']:8.2f}{at['seen']['gold']:8.2f}"
@@ -97,10 +96,9 @@ def test_methods_are_compared_at_one_kl_and_what_they_hold(whole):
         assert f"{name:18}{at['kl']:8.2f}{golds}" in printed
     picks = result["best_of_n"]["points"]
     assert [row["n"] for row in picks] == [1, 2, 4]
-    for split in ("seen", "held_out"):
-        assert picks[2][split]["kl"] == pytest.approx(math.log(4) - 3 / 4)
-        proxies = [row[split]["proxy"] for row in picks]
-        assert proxies == sorted(proxies) and proxies[0] < proxies[-1]
+    assert picks[2]["kl"] == pytest.approx(math.log(4) - 3 / 4)
+    proxies = [row["proxy"] for row in picks]
+    assert proxies == sorted(proxies) and proxies[0] < proxies[-1]
     held = {name: (x["models"], x["trained"]) for name, x in result["costs"].items()}
     expected = {"ppo": (4, 2), "grpo": (3, 1), "dpo": (2, 1), "best_of_n": (2, 0)}
     assert held == expected | {"grpo by rules": (1, 1)}

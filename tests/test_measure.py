@@ -72,22 +72,22 @@ def test_the_mean_of_the_log_ratios_is_the_kl():
     assert found == pytest.approx(exact, abs=4 * spread)
 
 
-@pytest.mark.parametrize("split", ["seen", "held_out"])
-def test_a_point_tells_kl_proxy_and_gold_of_the_same_answers(split, config):
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_point_tells_kl_proxy_and_gold_of_the_same_answers(held_out, config):
     policy, sft, score = other_model(), small_model(task="world"), some_judge()
-    found = point(config, policy, sft, score)
-    problems, rollout, texts, scores, golds = ask(config, policy, score, split == "held_out", 4)
+    told = point(config, policy, sft, score, held_out)
+    problems, rollout, texts, scores, golds = ask(config, policy, score, held_out, 4)
     assert len(problems) == 9 and len(texts) == 36
-    assert {parts_of(p)[1] in HELD_OUT for p in problems} == {split == "held_out"}
+    assert {parts_of(p)[1] in HELD_OUT for p in problems} == {held_out}
     right = [REQUESTS.gold(problems[i // 4], text) for i, text in enumerate(texts)]
     assert golds.tolist() == pytest.approx(right)
-    told = found[split]
     assert told["gold"] == pytest.approx(np.mean(right), abs=1e-5)
     assert told["proxy"] == pytest.approx(score(problems, rollout, 0)["reward"].mean().item())
     assert told["kl"] == pytest.approx(log_ratios(sft, rollout, 64).mean().item(), abs=1e-5)
     assert told["kl"] > 0.5
-    assert point(config, sft, sft, score)[split]["kl"] == pytest.approx(0, abs=1e-3)
-    for i, shown in enumerate(found["said"] if split == "held_out" else ()):
+    assert point(config, sft, sft, score)["kl"] == pytest.approx(0, abs=1e-3)
+    assert len(told["said"]) == 8
+    for i, shown in enumerate(told["said"]):
         assert shown["prompt"] == problems[i].prompt and shown["said"] == texts[4 * i]
         assert shown["gold"] == pytest.approx(right[4 * i])
         assert shown["proxy"] == pytest.approx(scores[4 * i].item())

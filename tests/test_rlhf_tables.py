@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from experiments.study import rlhf_search, rlhf_tables
+from experiments.study.collect import RESULTS
 from experiments.study.rlhf_search import TRIED, chosen, settings_of
 from kit.run import open_run
 from rlhf import dpo, measure
@@ -16,7 +17,7 @@ from tests.small import SHAPE
 def at(step, kl, gold, proxy=0.5):
     told = {"kl": kl, "gold": gold, "proxy": proxy, "tokens": 9.0}
     said = [{"prompt": "User: say hello to me\nAssistant:", "said": f" {kl}", **told}]
-    return {"step": step, "seen": told, "held_out": told | {"gold": gold - 1}, "said": said}
+    return {"step": step, **told, "said": said}
 
 
 def tried(*points, **settings):
@@ -58,7 +59,7 @@ def test_a_search_walks_a_path_for_each_setting(tmp_path, monkeypatch, capsys):
     one, other = result["grpo"]
     assert one["settings"] == {"lr": 1e-3, "beta": 0.5} and other["settings"]["lr"] == 1e-2
     assert [x["step"] for x in one["points"]] == [x["step"] for x in other["points"]] == [0, 1, 2]
-    kls = [x["points"][-1]["held_out"]["kl"] for x in (one, other)]
+    kls = [x["points"][-1]["kl"] for x in (one, other)]
     assert abs(kls[1]) > abs(kls[0])
     assert "lr 0.01, beta 0.5" in capsys.readouterr().out
 
@@ -67,7 +68,7 @@ def test_a_search_walks_a_path_for_each_setting(tmp_path, monkeypatch, capsys):
 
 
 def path_of(seed, last):
-    points = [at(0, 0.0, 1.0), at(3, 2.0, 2.0 + seed), at(6, last, -3.0, proxy=1.5)]
+    points = [at(0, 0.0, 0.0), at(3, 2.0, 1.0 + seed), at(6, last, -4.0, proxy=1.5)]
     return {"points": points, "seconds": 7.0 if seed else None}
 
 
@@ -90,13 +91,12 @@ def folders(tmp_path):
         how = {"seed": seed, "out": str(seed), "init": "", "pairs": 100, "nats": 1.9}
         judges.append(run_folder(tmp_path / f"j{seed}", "rlhf.reward_model", result, **how))
         paths = {stage: path_of(seed, 9.0) for stage in rlhf_tables.PUSHED if stage != "best_of_n"}
-        picks = [at(0, 0.0, 1.0) | {"n": 1}, at(0, 1.8, 3.0) | {"n": 16}]
+        picks = [at(0, 0.0, 0.0) | {"n": 1}, at(0, 1.8, 2.0) | {"n": 16}]
         result = {"seed": seed, "sft": model, "best_of_n": {"points": picks}, **paths}
         result["costs"] = {"dpo": {"models": 2, "trained": 1, "bytes": 3_000_000}}
         for stage in METHODS:
             far = 3.0 if (stage, seed) == ("dpo", 1) else 2.0
             result[f"{stage}_close"] = {"step": 3, "kl": far, **model}
-        result["dpo_chosen"] = at(0, 1.0, 1.0)
         how |= {"steps": 2, "prompts": 3, "group_size": 4}
         compared.append(run_folder(tmp_path / f"c{seed}", "rlhf.compare", result, **how))
     for name in METHODS:
@@ -107,32 +107,57 @@ def folders(tmp_path):
     return judges, compared, searched
 
 
+def results_of(judges, compared, searched):
+    found = {"judged": rlhf_tables.judged(judges), "compared": rlhf_tables.compared(compared)}
+    found["searched"] = rlhf_tables.searched(searched)
+    return found | {"hardware": "a machine", "torch": "2"}
+
+
 def test_the_tables_tell_the_numbers_of_the_runs(folders):
-    results = rlhf_tables.published(*folders)
-    assert [each["seed"] for each in results["seeds"]] == [0, 1]
-    assert "| new, all pairs | 90.0 % (90.0-90.0) | 75.0 % (70.0-80.0) |" in rlhf_tables.judges(
-        results
-    )
-    table = rlhf_tables.at_one_kl(results)
-    assert "| DPO | 2.50 (2.00 to 3.00) | 1.00 (0.50 to 1.50) |" in table
-    assert "| best of 16 | 1.80 (1.80 to 1.80) | 2.00 (2.00 to 2.00) |" in table
-    assert "Not within 10 % of the KL: DPO (seed 1, 3.00 nats)." in table
-    pushed = rlhf_tables.over_optimised(results)
+    results = results_of(*folders)
+    tables = {name: table(results) for name, (_, table) in rlhf_tables.TABLES.items()}
+    assert "Seeds 0, 1," in tables["judges"] and "Seeds 0, 1," in tables["one KL"]
+    assert "| new, all pairs | 90.0 % (90.0-90.0) | 75.0 % (70.0-80.0) |" in tables["judges"]
+    assert "| DPO | 2.50 (2.00 to 3.00) | 1.00 (0.50 to 1.50) |" in tables["one KL"]
+    assert "| best of 16 | 1.80 (1.80 to 1.80) | 2.00 (2.00 to 2.00) | - |" in tables["one KL"]
+    assert "Not within 10 % of the KL: DPO (seed 1, 3.00 nats)." in tables["one KL"]
     row = "1.50 (1.00 to 2.00) | 2.00 (2.00 to 2.00) | -4.00 (-4.00 to -4.00) | 1.50 (1.50 to 1.50)"
-    assert f"| GRPO, no KL | {row} |" in pushed
-    assert "| GRPO | `lr` 2 | 3 | 1.90 | 0.50 | 4.00 | chosen |" in rlhf_tables.searched(results)
-    assert "| DPO | 2 | 1 | 3.0 | 0 | 100 | 7.00 |" in rlhf_tables.costs(results)
-    shown = rlhf_tables.samples(results)
-    assert "User: say hello to me\nAssistant: 9.0\n" in shown and "judge 1.50, gold -3.0" in shown
+    assert f"| GRPO, no KL | {row} |" in tables["over-optimised"]
+    assert "| GRPO | `lr` 2 | 3 | 1.90 | 0.50 | 4.00 | chosen |" in tables["searched"]
+    assert "| DPO | 2 | 1 | 3.0 | 0 | 100 | 7.00 |" in tables["costs"]
+    shown = tables["hacked samples"]
+    assert "User: say hello to me\nAssistant: 9.0\n" in shown and "judge 1.50, gold -4.0" in shown
 
 
 def test_runs_that_do_not_belong_together_are_refused(folders, tmp_path):
     judges, compared, searched = folders
     with pytest.raises(ValueError, match=r"was not made by python -m rlhf\.compare"):
-        rlhf_tables.published(judges, judges, searched)
+        rlhf_tables.compared(judges)
     with pytest.raises(ValueError, match=r"holds no result\.json"):
-        rlhf_tables.published(judges, [tmp_path], searched)
+        rlhf_tables.judged([tmp_path])
     settings = json.loads((compared[1] / "config.json").read_text())
     (compared[1] / "config.json").write_text(json.dumps(settings | {"nats": 1.0}))
     with pytest.raises(ValueError, match=r"c0 differs from .*c1 in nats$"):
-        rlhf_tables.published(judges, compared, searched)
+        rlhf_tables.compared(compared)
+    settings = json.loads((searched[1] / "config.json").read_text())
+    (searched[1] / "config.json").write_text(json.dumps(settings | {"seed": 8}))
+    with pytest.raises(ValueError, match=r"a search of seed \d beside one of"):
+        rlhf_tables.searched(searched)
+
+
+# ----------------------------------------------------------------------------------- the results
+
+
+def results_of_the_chapter():
+    return json.loads((RESULTS / "rlhf.json").read_text())
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("name", rlhf_tables.TABLES)
+def test_the_tables_of_the_page_are_those_of_the_results(name):
+    comment, (part, table) = f"<!-- {rlhf_tables.comment(name)} -->\n", rlhf_tables.TABLES[name]
+    results, page = results_of_the_chapter(), rlhf_tables.PAGE.read_text()
+    assert (comment in page) == (part in results)
+    if part in results:
+        block = page.partition(comment)[2].partition("\n<!-- end -->")[0]
+        assert block == table(results)

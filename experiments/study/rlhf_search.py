@@ -45,9 +45,9 @@ def settings_of(name: str) -> list[dict[str, float]]:
 
 def chosen(tried: list[dict], nats: float) -> dict | None:
     """The setting that the rule chooses, None where no path comes near."""
-    close = [{"settings": x["settings"], **nearest(x["points"], nats, "seen")} for x in tried]
-    near = [x for x in close if abs(x["seen"]["kl"] - nats) <= WITHIN * nats]
-    return max(near, key=lambda x: x["seen"]["gold"], default=None)
+    close = [{"settings": x["settings"], **nearest(x["points"], nats)} for x in tried]
+    near = [x for x in close if abs(x["kl"] - nats) <= WITHIN * nats]
+    return max(near, key=lambda x: x["gold"], default=None)
 
 
 def search(config: Config, run: Run) -> None:
@@ -56,7 +56,8 @@ def search(config: Config, run: Run) -> None:
     for number, settings in enumerate(settings_of(config.searched), 1):
         stage, how = f"{config.searched}_try{number}", replace(config, **settings)
         METHODS[config.searched](how, run, stage, at)
-        found = run.once(stage, partial(path, how, run, stage, at.sft, judge(at.reward)))
+        walked = partial(path, how, run, stage, at.sft, judge(at.reward), held_out=False)
+        found = run.once(stage, walked)
         tried.append({"settings": settings, **found})
     run.finish({"device": config.device, "seed": config.seed, config.searched: tried})
     print(f"\n{report(tried, config.nats)}\n\n{run.times()}")
@@ -66,9 +67,9 @@ def report(tried: list[dict], nats: float) -> str:
     """Each setting at the point of its path that is nearest to this KL, and the choice."""
     lines = [f"{'':32}{'step':>6}{'KL':>8}{'proxy':>8}{'gold':>8}    on seen numbers"]
     for each in tried:
-        close = nearest(each["points"], nats, "seen")
+        close = nearest(each["points"], nats)
         name = ", ".join(f"{knob} {value:g}" for knob, value in each["settings"].items())
-        cells = "".join(f"{close['seen'][x]:8.2f}" for x in ("kl", "proxy", "gold"))
+        cells = "".join(f"{close[x]:8.2f}" for x in ("kl", "proxy", "gold"))
         lines.append(f"{name:32}{close['step']:6}{cells}")
     best = chosen(tried, nats)
     return "\n".join([*lines, f"chosen: {best['settings'] if best else 'none comes near'}"])

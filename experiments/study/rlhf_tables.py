@@ -1,12 +1,10 @@
 """The numbers of the chapter on RLHF: results/rlhf.json from finished runs, and the tables of
 rlhf/README.md from that file.
 
-    python -m experiments.study.rlhf_tables --judges RUN RUN RUN --compared RUN RUN RUN \\
-        --searched RUN RUN RUN
-    python -m experiments.study.rlhf_tables     # the tables again, from results/rlhf.json
-
-Judges are runs of rlhf.reward_model, compared are runs of rlhf.compare, searched are runs of
-experiments.study.rlhf_search.
+    python -m experiments.study.rlhf_tables --judged RUN RUN RUN     # of rlhf.reward_model
+    python -m experiments.study.rlhf_tables --compared RUN RUN RUN   # of rlhf.compare
+    python -m experiments.study.rlhf_tables --searched RUN RUN RUN   # of rlhf_search, a method each
+    python -m experiments.study.rlhf_tables                          # the tables again
 """
 
 import json
@@ -31,6 +29,12 @@ PUSHED = {  # stages of rlhf.compare, as the pages call them
     "grpo_free": "GRPO, no KL",
     "grpo_fewer": "GRPO, no KL, a judge of a quarter of the pairs",
     "grpo_rule": "GRPO, no KL, a rule mixed in",
+}
+PARTS = {  # what a model is measured by, beside chains: split and part of gold
+    "gold, held-out numbers": ("held_out", "gold"),
+    "gold, seen numbers": ("seen", "gold"),
+    "true facts, held-out": ("held_out", "facts"),
+    "mistakes, held-out": ("held_out", "mistakes"),
 }
 HACKED = "grpo_free"  # the stage whose samples are shown
 OWN = ("seed", "out", "init")  # settings of each run
@@ -74,52 +78,51 @@ def without_samples(points: list[dict]) -> list[dict]:
     return [{name: value for name, value in at.items() if name != "said"} for at in points]
 
 
-def published(judges: list[Path], compared: list[Path], searched: list[Path]) -> dict:
-    """What results/rlhf.json holds. Raises ValueError, in one line, for runs that do not belong
-    together."""
-    trained = read_all(judges, "rlhf.reward_model")
-    pushed = read_all(compared, "rlhf.compare")
-    tried = read_all(searched, "experiments.study.rlhf_search", (*OWN, "searched"))
-    settings, seeds = pushed[0][0], []
-    for _, result in pushed:
+def judged(folders: list[Path]) -> list[dict]:
+    """What runs of rlhf.reward_model found."""
+    runs = read_all(folders, "rlhf.reward_model")
+    return [{x: result[x] for x in ("seed", "base", "sft", "agreement")} for _, result in runs]
+
+
+def compared(folders: list[Path]) -> dict:
+    """What runs of rlhf.compare found: a path for each stage, with samples of one."""
+    runs, seeds = read_all(folders, "rlhf.compare"), []
+    for _, result in runs:
         seed = {name: result[name] for name in ("seed", "sft", "costs")}
-        for stage in (*METHODS, HACKED):
-            seed[f"{stage}_end"] = result[stage]["points"][-1]["said"]
         for stage in PUSHED:
             seed[stage] = without_samples(result[stage]["points"])
-        seed["seconds"] = {stage: result[stage]["seconds"] for stage in METHODS}
         for stage in METHODS:
             seed[f"{stage}_close"] = result[f"{stage}_close"]
-        seeds.append(seed | {"dpo_chosen": without_samples([result["dpo_chosen"]])[0]})
-    search = {"seed": tried[0][1]["seed"]}
-    for _, result in tried:
-        for name in METHODS.keys() & result.keys():
-            search[name] = [x | {"points": without_samples(x["points"])} for x in result[name]]
-    found = {
-        "hardware": processor(),
-        "torch": version("torch"),
-        "nats": settings["nats"],
-        "completions": settings["steps"] * settings["prompts"] * settings["group_size"],
-        "pairs": settings["pairs"],
-        "judges": [
-            {name: result[name] for name in ("seed", "base", "sft", "agreement")}
-            for _, result in trained
-        ],
-        "seeds": seeds,
-        "search": search,
-    }
-    return rounded(found)
+        seed["seconds"] = {stage: result[stage]["seconds"] for stage in METHODS}
+        seeds.append(seed | {"said": result[HACKED]["points"][-1]["said"]})
+    how = runs[0][0]
+    completions = how["steps"] * how["prompts"] * how["group_size"]
+    return {"nats": how["nats"], "pairs": how["pairs"], "completions": completions, "seeds": seeds}
+
+
+def searched(folders: list[Path]) -> dict:
+    """What runs of rlhf_search found, of one seed: for each method the settings and their paths."""
+    runs = read_all(folders, "experiments.study.rlhf_search", (*OWN, "searched"))
+    found = {"seed": runs[0][0]["seed"], "nats": runs[0][0]["nats"]}
+    for settings, result in runs:
+        if settings["seed"] != found["seed"]:
+            raise ValueError(f"a search of seed {settings['seed']} beside one of {found['seed']}")
+        tried = result[settings["searched"]]
+        found[settings["searched"]] = [
+            each | {"points": without_samples(each["points"])} for each in tried
+        ]
+    return found
 
 
 # -------------------------------------------------------------------------------------- the tables
 
 
-def of_seeds(results: dict) -> str:
-    told = ", ".join(str(each["seed"]) for each in results["seeds"])
+def of_seeds(seeds: list[dict]) -> str:
+    told = ", ".join(str(each["seed"]) for each in seeds)
     return f"Seeds {told}, each with a base model and a judge of its own: mean (lowest to highest)."
 
 
-def judges(results: dict) -> str:
+def table_of_judges(results: dict) -> str:
     """How often a judge agrees with people, on four kinds of pairs."""
     names = {
         "gold": "gold itself",
@@ -128,34 +131,34 @@ def judges(results: dict) -> str:
         "length": "length alone",
     }
     rows = []
-    for kind in results["judges"][0]["agreement"]:
-        found = [each["agreement"][kind] for each in results["judges"]]
+    judges = results["judged"]
+    for kind in judges[0]["agreement"]:
+        found = [each["agreement"][kind] for each in judges]
         rows.append([f"{kind} pairs", *(cell([x[name] for x in found]) for name in names)])
-    below = f"`python -m rlhf.reward_model --seed SEED`. {of_seeds(results)} {made_on(results)}"
+    below = f"`python -m rlhf.reward_model --seed SEED`. {of_seeds(judges)} {made_on(results)}"
     return grid(["agreement with people", *names.values()], rows, below)
 
 
 def at_one_kl(results: dict) -> str:
     """Each method at the point of its path that is nearest to the KL of the comparison."""
-    seeds, nats = results["seeds"], results["nats"]
+    seeds, nats = results["compared"]["seeds"], results["compared"]["nats"]
     picks = [nearest(seed["best_of_n"], nats) for seed in seeds]
     models = {
         "fine-tuned, the start": [{"kl": 0.0, **seed["sft"]} for seed in seeds],
-        f"best of {picks[0]['n']}": [{"kl": x["held_out"]["kl"], **x} for x in picks],
+        f"best of {picks[0]['n']}": picks,
         **{NAMES[name]: [seed[f"{name}_close"] for seed in seeds] for name in METHODS},
     }
     rows = []
     for name, each in models.items():
-        numbers = [[x["kl"] for x in each]]
-        numbers += [[x[split]["gold"] for x in each] for split in ("held_out", "seen")]
-        if "facts" in each[0]["held_out"]:
-            numbers.append([x["held_out"]["facts"] for x in each])
-            numbers.append([x["held_out"]["mistakes"] for x in each])
-        cells = [spread(x) for x in numbers] + ["-"] * (5 - len(numbers))
-        chains = cell([x["chains"] for x in each]) if "chains" in each[0] else "-"
-        rows.append([name, *cells, chains])
-    head = ["", "KL, nats", "gold, held-out numbers", "gold, seen numbers"]
-    head += ["true facts", "mistakes", "chains right"]
+        cells = [spread([x["kl"] for x in each])]
+        if "chains" in each[0]:
+            for split, part in PARTS.values():
+                cells.append(spread([x[split][part] for x in each]))
+            cells.append(cell([x["chains"] for x in each]))
+        else:  # best of n is no model: it is measured on held-out numbers alone
+            cells += [spread([x["gold"] for x in each]), *["-"] * len(PARTS)]
+        rows.append([name, *cells])
+    head = ["", "KL, nats", *PARTS, "chains right"]
     far = [
         f"{NAMES[name]} (seed {seed['seed']}, {seed[f'{name}_close']['kl']:.2f} nats)"
         for name in METHODS
@@ -163,25 +166,25 @@ def at_one_kl(results: dict) -> str:
         if abs(seed[f"{name}_close"]["kl"] - nats) > WITHIN * nats
     ]
     told = f"Not within 10 % of the KL: {', '.join(far)}." if far else "All are within 10 % of it."
-    below = f"`python -m rlhf.compare --seed SEED`, at {nats:g} nats. {told} {of_seeds(results)}"
+    below = f"`python -m rlhf.compare --seed SEED`, at {nats:g} nats. {told} {of_seeds(seeds)}"
     return grid(head, rows, f"{below} {made_on(results)}")
 
 
 def costs(results: dict) -> str:
     """What each method holds and asks for."""
-    held, steps = results["seeds"][0]["costs"], results["completions"]
-    judged = results["pairs"]
+    found, seeds = results["compared"], results["compared"]["seeds"]
+    held, sampled, pairs = seeds[0]["costs"], f"{found['completions']:,}", f"{found['pairs']:,}"
     asks = {
-        "ppo": (f"{steps:,}", f"{judged:,}"),
-        "grpo": (f"{steps:,}", f"{judged:,}"),
-        "dpo": ("0", f"{judged:,}"),
-        "best_of_n": ("n for each answer", f"{judged:,}"),
+        "ppo": (sampled, pairs),
+        "grpo": (sampled, pairs),
+        "dpo": ("0", pairs),
+        "best_of_n": ("n for each answer", pairs),
         "grpo by rules": ("as GRPO", "0"),
     }
     names = NAMES | {"best_of_n": "best of n", "grpo by rules": "GRPO by rules (R1-Zero)"}
     rows = []
     for name, x in held.items():
-        took = [seed["seconds"].get(name) for seed in results["seeds"]]
+        took = [seed["seconds"].get(name) for seed in seeds]
         took = [seconds for seconds in took if seconds is not None]
         cells = [str(x["models"]), str(x["trained"]), f"{x['bytes'] / 1e6:.1f}", *asks[name]]
         rows.append([names[name], *cells, spread(took) if took else "-"])
@@ -193,30 +196,30 @@ def costs(results: dict) -> str:
 
 def over_optimised(results: dict) -> str:
     """Where gold is highest on each path, and where the path ends."""
-    seeds, rows = results["seeds"], []
+    seeds, rows = results["compared"]["seeds"], []
     for stage, name in PUSHED.items():
-        paths = [[at["held_out"] for at in seed[stage]] for seed in seeds]
+        paths = [seed[stage] for seed in seeds]
         best = [max(path, key=lambda at: at["gold"]) for path in paths]
         ends = [path[-1] for path in paths]
         cells = [spread([x["gold"] for x in best]), spread([x["kl"] for x in best])]
         cells += [spread([x[of] for x in ends]) for of in ("gold", "proxy", "kl")]
         rows.append([name, *cells])
-    start = spread([seed["best_of_n"][0]["held_out"]["gold"] for seed in seeds])
+    start = spread([seed["best_of_n"][0]["gold"] for seed in seeds])
     head = ["", "most gold", "at a KL of", "gold at the end", "judge's score", "KL"]
     below = f"Held-out numbers; at the start gold is {start}, and the judge's score about 0."
-    return grid(head, rows, f"{below} {of_seeds(results)} {made_on(results)}")
+    return grid(head, rows, f"{below} {of_seeds(seeds)} {made_on(results)}")
 
 
-def searched(results: dict) -> str:
+def table_of_the_search(results: dict) -> str:
     """The settings that were tried, at the KL of the comparison, on seen numbers."""
-    search, nats, rows = results["search"], results["nats"], []
+    search, nats, rows = results["searched"], results["searched"]["nats"], []
     for name in METHODS:
         best = chosen(search[name], nats)
         for each in search[name]:
-            close = nearest(each["points"], nats, "seen")
+            close = nearest(each["points"], nats)
             told = ", ".join(f"`{knob}` {value:g}" for knob, value in each["settings"].items())
             mark = "chosen" if best and each["settings"] == best["settings"] else ""
-            numbers = (f"{close['seen'][x]:.2f}" for x in ("kl", "proxy", "gold"))
+            numbers = (f"{close[x]:.2f}" for x in ("kl", "proxy", "gold"))
             rows.append([NAMES[name], told, str(close["step"]), *numbers, mark])
     head = ["", "settings", "step", "KL", "judge's score", "gold", ""]
     below = f"Seed {search['seed']}, seen numbers. {made_on(results)}"
@@ -225,23 +228,23 @@ def searched(results: dict) -> str:
 
 def samples(results: dict) -> str:
     """What the policy says that GRPO pushed without a KL, as a block of text."""
-    seed, lines = results["seeds"][0], ["```"]
-    for each in seed[f"{HACKED}_end"]:
+    seed, lines = results["compared"]["seeds"][0], ["```"]
+    for each in seed["said"]:
         lines.append(each["prompt"].partition("\n")[0])
         lines.append(f"Assistant:{each['said']}")
         lines.append(f"           judge {each['proxy']:.2f}, gold {each['gold']:.1f}\n")
     end = seed[HACKED][-1]
-    told = f"Seed {seed['seed']}, after {end['step']} steps, {end['held_out']['kl']:.1f} nats."
+    told = f"Seed {seed['seed']}, after {end['step']} steps, {end['kl']:.1f} nats."
     return "\n".join(lines).rstrip() + f"\n```\n\n{told} The first samples, none left out."
 
 
-TABLES = {
-    "judges": judges,
-    "one KL": at_one_kl,
-    "costs": costs,
-    "over-optimised": over_optimised,
-    "searched": searched,
-    "hacked samples": samples,
+TABLES = {  # for each block of the page: the part of the results, and the function
+    "judges": ("judged", table_of_judges),
+    "one KL": ("compared", at_one_kl),
+    "costs": ("compared", costs),
+    "over-optimised": ("compared", over_optimised),
+    "searched": ("searched", table_of_the_search),
+    "hacked samples": ("compared", samples),
 }
 
 
@@ -252,26 +255,26 @@ def comment(name: str) -> str:
 def main(arguments: list[str]) -> None:
     parser = command_line(__doc__)
     for flag, program in (
-        ("--judges", "rlhf.reward_model"),
+        ("--judged", "rlhf.reward_model"),
         ("--compared", "rlhf.compare"),
         ("--searched", "experiments.study.rlhf_search"),
     ):
-        text = f"folders of finished runs of {program}"
-        parser.add_argument(flag, nargs="+", type=Path, default=[], metavar="RUN", help=text)
-    flags = parser.parse_args(arguments)
-    folders = flags.judges, flags.compared, flags.searched
-    if any(folders) and not all(folders):
-        parser.error("give --judges, --compared and --searched together, or none of them")
-    if any(folders):
-        try:
-            results = published(*folders)
-        except ValueError as error:
-            parser.error(str(error))
-        (RESULTS / "rlhf.json").write_text(json.dumps(results) + "\n")
-    results = json.loads((RESULTS / "rlhf.json").read_text())
-    for name, table in TABLES.items():
-        write_into_page(comment(name), table(results), [PAGE])
-        print(table(results), end="\n\n")
+        text = f"folders of finished runs of {program}, whose part is written anew"
+        parser.add_argument(flag, nargs="+", type=Path, metavar="RUN", help=text)
+    flags, file = parser.parse_args(arguments), RESULTS / "rlhf.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for read_part in (judged, compared, searched):
+        if folders := getattr(flags, read_part.__name__):
+            try:
+                results[read_part.__name__] = rounded(read_part(folders))
+            except ValueError as error:
+                parser.error(str(error))
+            results |= {"hardware": processor(), "torch": version("torch")}
+    file.write_text(json.dumps(results) + "\n")
+    for name, (part, table) in TABLES.items():
+        if part in results:
+            write_into_page(comment(name), table(results), [PAGE])
+            print(table(results), end="\n\n")
 
 
 if __name__ == "__main__":
