@@ -262,12 +262,11 @@ def imitate(
     verdicts = torch.tensor(tokenizer_of(model).encode(words), dtype=torch.long).to(config.device)
     recent = torch.zeros(4, LOG_EVERY, device=config.device)  # numbers of steps not yet logged
     for step in run.steps(stage, steps, model, optimizer=optimizer, recent=recent):
-        whole = batch(step)
-        mine, count = parallel.mine(len(whole[0])), whole[1].sum().item()
-        own = (x if x is None else x[mine].to(config.device) for x in whole)
-        tokens, mask, positions = own
+        tokens, mask, positions = whole = batch(step)
+        mine, count = parallel.mine(len(tokens)), mask.sum().item()
+        tokens, mask, positions = (x if x is None else x[mine].to(config.device) for x in whole)
         logps = token_logps(model(tokens, positions=positions), tokens)
-        loss = -logps[mask].sum() / count  # tokens of the whole batch
+        loss = -logps[mask].sum() / count  # what all rows count
         loss.backward()
         rate = learning_rate(lr, step, steps, warmup=min(100, steps // 10 + 1), decay_from=0.3)
         judged = mask & torch.isin(tokens, verdicts)
