@@ -114,7 +114,7 @@ def gradients():
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_give_the_gradient_of_one(size, tmp_path):
     """In float64, and the same bits in each process; what is sampled is the same."""
     one = gradients()
@@ -152,7 +152,7 @@ def learning():
     return run.records, weights.detach().numpy(), answers, run.looks, sum(sampled)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_learn_what_one_learns(size, tmp_path):
     """Pretraining, GRPO with a reference, looks and answers, up to rounding: each number of the log
     is the same."""
@@ -241,6 +241,7 @@ def begun(size, tmp_path, steps=1000):
     return run, said, processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signalled", [(0, 1), (1,)], ids=["all", "one"])
 def test_a_signal_stops_all_processes_at_one_step(signalled, tmp_path):
     """It saves, says once how to go on, and a run of two goes on with three, and with one."""
@@ -270,6 +271,7 @@ def test_a_signal_stops_all_processes_at_one_step(signalled, tmp_path):
         step = step_of(run)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_goes_on_to_the_same_bits(tmp_path):
     """Left alone or stopped: two processes come to the same files."""
     arguments, folder = [*FLAGS, "--steps=40"], tmp_path / "whole"
