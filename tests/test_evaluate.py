@@ -66,7 +66,7 @@ def test_evaluation_counts_what_it_says(monkeypatch):
     two = [right[1]] * 12 + [bare] * 4
     asked_apart = []
 
-    def complete(asking, asked, *, group_size, max_new_tokens, temperature, seed, first_row):
+    def complete(asking, asked, _, *, group_size, max_new_tokens, temperature, seed, first_row):
         assert (max_new_tokens, asking) == (12, model)
         if [p.expression for p in asked] == [p.expression for p in problems]:
             assert temperature == (1.0 if group_size == 16 else 0.0)

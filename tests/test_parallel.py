@@ -303,7 +303,7 @@ def test_a_dead_process_stops_the_others_in_one_line(dead, tmp_path):
 
 def test_a_full_disk_of_the_first_stops_all_in_one_line(tmp_path):
     run, said = tmp_path / "run", tmp_path / "said"
-    work = partial(job, [*FLAGS, f"--out={run}"], largest_file=30_000)
+    work = partial(job, [*FLAGS, f"--out={run}"], largest_file=60_000)
     codes, _, errors = end(start(2, said, work), said)
     assert codes == [1, 1]
     assert "cannot be written" in errors and errors.count("\n") == 1
