@@ -216,7 +216,8 @@ def say_twice(found: dict) -> str:
 
 def say_bench(row: dict) -> str:
     _, _, ours, share, peers = bench.cells(row)
-    return f"{ours}; products and copies alone: {share}; times as fast as {peers}"
+    alone = f"{ours}; products and copies alone: {share}"
+    return alone if peers == "-" else f"{alone}; times as fast as {peers}"
 
 
 PRESET = Config(**PRESETS["gpu"])
