@@ -119,7 +119,8 @@ def with_rule(score: train.Reward, price: float) -> train.Reward:
     tell: no judge has to learn it."""
 
     def reward(problems: list[Problem], rollout: Rollout, step: int) -> Rewards:
-        said = map(SENTENCE.findall, decode_completions(rollout, get_tokenizer("world")))
+        texts = decode_completions(rollout, get_tokenizer("world"))
+        said = [[x.strip() for x in SENTENCE.findall(text)] for text in texts]
         repeats = torch.tensor([float(len(each) - len(set(each))) for each in said])
         return {"reward": score(problems, rollout, step)["reward"] - price * repeats}
 

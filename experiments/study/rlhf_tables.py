@@ -204,9 +204,9 @@ def over_optimised(results: dict) -> str:
         cells = [spread([x["gold"] for x in best]), spread([x["kl"] for x in best])]
         cells += [spread([x[of] for x in ends]) for of in ("gold", "proxy", "kl")]
         rows.append([name, *cells])
-    start = spread([seed["best_of_n"][0]["gold"] for seed in seeds])
+    gold, proxy = (spread([seed["best_of_n"][0][x] for seed in seeds]) for x in ("gold", "proxy"))
     head = ["", "most gold", "at a KL of", "gold at the end", "judge's score", "KL"]
-    below = f"Held-out numbers; at the start gold is {start}, and the judge's score about 0."
+    below = f"Held-out numbers; at the start gold is {gold}, and the judge's score {proxy}."
     return grid(head, rows, f"{below} {of_seeds(seeds)} {made_on(results)}")
 
 
