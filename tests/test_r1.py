@@ -410,3 +410,10 @@ def test_only_finished_runs_of_one_setting_are_published(whole, tmp_path):
     (other / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"other differs from .*run in all_beta$"):
         study.published([folder, other])
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("name", study.TABLES)
+def test_the_page_has_the_tables_of_the_results(name):
+    results = json.loads((study.RESULTS / "r1.json").read_text())
+    assert study.TABLES[name](results) in study.PAGE.read_text()
