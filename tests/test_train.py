@@ -730,6 +730,7 @@ def test_a_model_whose_logits_are_nan_stops_the_run(tmp_path, capsys):
     assert "sample.py: error: the model's logits are NaN" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_gpu_preset_runs_on_a_cpu(tmp_path, capsys):
     """In float32, which it says; a few steps of it."""
     flags = ["--pretrain_steps=2", "--steps=2", "--prompts=4", "--group_size=4", "--eval_samples=8"]
