@@ -263,10 +263,10 @@ def imitate(
     recent = torch.zeros(4, LOG_EVERY, device=config.device)  # numbers of steps not yet logged
     for step in run.steps(stage, steps, model, optimizer=optimizer, recent=recent):
         tokens, mask, positions = whole = batch(step)
-        mine, count = parallel.mine(len(tokens)), mask.sum().item()
+        mine, predicted = parallel.mine(len(tokens)), mask.sum().item()
         tokens, mask, positions = (x if x is None else x[mine].to(config.device) for x in whole)
         logps = token_logps(model(tokens, positions=positions), tokens)
-        loss = -logps[mask].sum() / count  # what all rows count
+        loss = -logps[mask].sum() / predicted  # by all rows
         loss.backward()
         rate = learning_rate(lr, step, steps, warmup=min(100, steps // 10 + 1), decay_from=0.3)
         judged = mask & torch.isin(tokens, verdicts)

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from experiments.study.collect import RESULTS, ROOT, cell, grid, made_on, processor, write_into_page
+from experiments.study.search import spread
 from kit.evaluate import share
 from kit.flags import command_line
 from r1.distill import teacher_costs
@@ -87,8 +88,7 @@ def number(name: str, values: list[float]) -> str:
     if name in ("tokens", "seconds"):
         return f"{sum(values) / len(values):,.0f}"
     if name in ("gold", "gold_held_out", "web_loss"):
-        ends = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-        return f"{sum(values) / len(values):.2f}{ends}"
+        return spread(values)
     return cell(values)
 
 
