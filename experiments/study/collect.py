@@ -177,6 +177,16 @@ def write_into_page(comment: str, text: str, pages: list[Path] = PAGES) -> None:
     page.write_text(before + start + text + "\n" + end + after)
 
 
+def check_one_configuration(
+    folders: list[Path], settings: list[dict], own: tuple[str, ...]
+) -> None:
+    """Raise ValueError, in one line, for runs that differ in a setting that is not their `own`."""
+    first = settings[0]
+    for folder, each in zip(folders, settings):
+        if names := [x for x in first | each if x not in own and each.get(x) != first.get(x)]:
+            raise ValueError(f"{folder} differs from {folders[0]} in {', '.join(names)}")
+
+
 def read_run(folder: Path, table: Table) -> dict:
     """The result of a run, with its free settings. Ends the program if the run is not finished, or
     not of this table."""

@@ -11,7 +11,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from experiments.study.collect import RESULTS, ROOT, cell, grid, made_on, processor, write_into_page
+from experiments.study.collect import (
+    RESULTS,
+    ROOT,
+    cell,
+    check_one_configuration,
+    grid,
+    made_on,
+    processor,
+    write_into_page,
+)
 from experiments.study.search import spread
 from kit.evaluate import share
 from kit.flags import command_line
@@ -64,11 +73,9 @@ def published(folders: list[Path]) -> dict:
     """The results of runs by their seeds, and the controls that lie beside each. Raises ValueError,
     in one line, for runs of other settings and for a seed that comes twice."""
     seeds, kept = [], ("seed", "stages", "judge", "own", "signs", "seconds")
-    first, _ = finished(folders[0], "-m r1.four_stages")
-    for folder in folders:
-        settings, result = finished(folder, "-m r1.four_stages")
-        if differing := [x for x in first if x not in OWN and settings.get(x) != first[x]]:
-            raise ValueError(f"{folder} differs from {folders[0]} in {', '.join(differing)}")
+    runs = [finished(folder, "-m r1.four_stages") for folder in folders]
+    check_one_configuration(folders, [settings for settings, _ in runs], OWN)
+    for folder, (_, result) in zip(folders, runs):
         found = {name: result[name] for name in kept} | {"controls": {}}
         for beside in sorted(folder.parent.glob(f"{folder.name}-controls*")):
             found["controls"] |= finished(beside, "-m r1.controls")[1]["controls"]

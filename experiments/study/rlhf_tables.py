@@ -12,7 +12,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from experiments.study.collect import RESULTS, ROOT, cell, grid, made_on, processor, write_into_page
+from experiments.study.collect import (
+    RESULTS,
+    ROOT,
+    cell,
+    check_one_configuration,
+    grid,
+    made_on,
+    processor,
+    write_into_page,
+)
 from experiments.study.rlhf_search import WITHIN, chosen
 from experiments.study.search import spread
 from kit.flags import command_line
@@ -58,10 +67,7 @@ def read_all(folders: list[Path], program: str, free: tuple[str, ...] = OWN) -> 
     """`read` of runs that differ in nothing but the settings in `free`, by seed. Raises ValueError,
     in one line, for others."""
     runs = [read(folder, program) for folder in folders]
-    for folder, (settings, _) in zip(folders, runs):
-        first = runs[0][0]
-        if differing := [x for x in settings if x not in free and settings[x] != first[x]]:
-            raise ValueError(f"{folder} differs from {folders[0]} in {', '.join(differing)}")
+    check_one_configuration(folders, [settings for settings, _ in runs], free)
     return sorted(runs, key=lambda run: run[1]["seed"])
 
 

@@ -23,7 +23,15 @@ from torch import Tensor
 from data import TASKS
 from data.problem import Problem, stream
 from data.signs import MAX_TOTAL, Signs, candidates, line, parts_of, tries_of
-from experiments.study.collect import RESULTS, cell, grid, made_on, processor, write_into_page
+from experiments.study.collect import (
+    RESULTS,
+    cell,
+    check_one_configuration,
+    grid,
+    made_on,
+    processor,
+    write_into_page,
+)
 from experiments.study.measure import finished_run
 from experiments.watch.plot import read_log
 from kit.evaluate import Answers, answer_problems, grade, held_out_problems, mean
@@ -207,9 +215,7 @@ def published(runs: list[Path]) -> dict:
     settings = [json.loads((folder / "config.json").read_text()) for folder in runs]
     if len({each["seed"] for each in settings}) < len(runs):
         raise ValueError("a seed comes twice: give each run once")
-    for folder, each in zip(runs, settings):
-        if differing := [x for x in each if x not in own and each[x] != settings[0].get(x)]:
-            raise ValueError(f"{folder} differs from {runs[0]} in {', '.join(differing)}")
+    check_one_configuration(runs, settings, own)
     for folder in runs:
         log = [{name: x for name, x in each.items() if name in KEPT} for each in read_log(folder)]
         result = json.loads((folder / "result.json").read_text())
