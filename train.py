@@ -117,6 +117,7 @@ class Config:
         "variant": list(VARIANTS), "kl": list(KL_ESTIMATORS),
     }
     NAMES: ClassVar = {"rewards": RULES}  # what the text of a field may name
+    UNUSED: ClassVar = ()  # fields that a program built on this one has no use for
     RANGES: ClassVar = {  # a field that is not here: from 1 to 2^31 - 1, a float from 0 to 1e30
         "seed": (0, 2**63 - 1), "threads": (1, 1024), "reference_every": (0, 2**31 - 1),
         "min_level": (0, 1000), "max_level": (0, 1000),  # and as far as the task goes

@@ -1,8 +1,8 @@
 """Any frozen dataclass as a command line.
 
 Each field is a flag, with the field's default, and the comment behind the field is its help. The
-class has CHOICES, the values that a field can take; NAMES, what the text of a field may name; and
-RANGES, the bounds of a number.
+class has CHOICES, the values that a field can take; NAMES, what the text of a field may name;
+RANGES, the bounds of a number; and UNUSED, the fields that are no flags of this program.
 """
 
 import argparse
@@ -50,6 +50,8 @@ def parse(
     parser = command_line(description, program)
     helps = {name: text for base in Config.__mro__[-2::-1] for name, text in comments(base)}
     for field in fields(Config):
+        if field.name in Config.UNUSED:
+            continue
         choices = Config.CHOICES.get(field.name)
         takes = {"type": kind(field), "metavar": "", "choices": choices}
         takes = {"action": argparse.BooleanOptionalAction} if field.type is bool else takes

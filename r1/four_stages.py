@@ -57,6 +57,7 @@ class Config(reward_model.Config):
         **dict.fromkeys(("judged_from", "request_share"), (0, 1)),
         "cold_documents": (1, 2**31 - 1),
     }
+    UNUSED: ClassVar = ("rewards", "eval_samples")
 
 
 RULES = {"accuracy": 1.0, "format": 1.0}  # R1-Zero's

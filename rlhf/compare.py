@@ -22,7 +22,17 @@ from kit.evaluate import share
 from kit.run import Run, open_run
 from model import ScalarModel, Transformer
 from rlhf import reward_model, scalar_model
-from rlhf.measure import ask, best_of, best_of_kl, bytes_held, measure, point
+from rlhf.measure import (
+    ask,
+    best_of,
+    best_of_kl,
+    bytes_held,
+    gold_of_best,
+    halves,
+    measure,
+    point,
+    point_requests,
+)
 from rlhf.methods import METHODS, Config, by_grpo, start, with_rule
 from rlhf.reward_model import fit, judge
 from sample import load_policy
@@ -48,17 +58,28 @@ def nearest(points: list[dict], nats: float) -> dict:
 
 def pick_best(config: Config, sft: Transformer, score: train.Reward) -> dict:
     """Best-of-n of the fine-tuned model's answers, for each n that is a power of 2."""
-    *_, scores, golds = ask(config, sft, score, held_out=True, samples=MOST)
+    problems = point_requests(config.seed, held_out=True)
+    *_, scores, golds = ask(config, sft, score, problems, samples=MOST)
     scores, golds, points = scores.view(-1, MOST), golds.view(-1, MOST), []
     for n in (2**i for i in range(MOST.bit_length())):
         picks = best_of(scores, n)
-        proxy, gold = (x.gather(1, picks).mean().item() for x in (scores, golds))
-        points.append({"n": n, "kl": best_of_kl(n), "proxy": proxy, "gold": gold})
+        proxy, picked = scores.gather(1, picks).mean().item(), golds.gather(1, picks)
+        told = {"proxy": proxy, "gold": picked.mean().item(), "halves": halves(picked)}
+        points.append({"n": n, "kl": best_of_kl(n), **told})
     return {"points": points}
 
 
+def best_of_close(config: Config, sft: Transformer, score: train.Reward, points: list) -> dict:
+    """Best-of-n at the KL of the comparison, by the requests that `measure` asks."""
+    close = nearest(points, config.nats)
+    splits = {"held_out": True, "seen": False}
+    golds = {x: gold_of_best(config, sft, score, close["n"], y) for x, y in splits.items()}
+    return {"n": close["n"], "kl": close["kl"], **golds}
+
+
 def costs(sft: Transformer, reward: ScalarModel) -> dict[str, dict[str, int]]:
-    """How many models each method holds and trains, and their bytes."""
+    """How many models each method holds and trains, and their bytes. Of DPO's steps, the best so
+    far is a file: it is not counted."""
     held = {
         "ppo": ([sft, reward], [sft, reward]),
         "grpo": ([sft], [sft, reward]),
@@ -93,6 +114,8 @@ def compare(config: Config, run: Run) -> None:
     score, free = judge(at.reward), replace(config, beta=0.0)
     found = {"sft": run.once("sft", partial(measure, config, at.sft))}
     found["best_of_n"] = run.once("best_of_n", partial(pick_best, config, at.sft, score))
+    picks = partial(best_of_close, config, at.sft, score, found["best_of_n"]["points"])
+    found["best_of_n_close"] = run.once("best_of_n_close", picks)
     stages = {name: partial(learn, config) for name, learn in METHODS.items()} | {
         "grpo_free": partial(by_grpo, free),
         "grpo_fewer": partial(by_grpo, free, score=judge(worse)),
@@ -117,14 +140,14 @@ def report(config: Config, found: dict) -> str:
     """Each method at one KL, and the end of each path, as two tables."""
     lines = [f"{f'at {config.nats:g} nats':18}{'KL':>8}{'gold':>8}{'seen':>8}{'chains':>9}"]
     close = {"fine-tuned": {"kl": 0.0, **found["sft"]}}
+    picks = found["best_of_n_close"]
+    close[f"best of {picks['n']}"] = picks  # no model of its own, so no chains
     for stage in METHODS:
         close[f"{stage}, {found[f'{stage}_close']['step']} steps"] = found[f"{stage}_close"]
     for name, model in close.items():
         golds = "".join(f"{model[split]['gold']:8.2f}" for split in ("held_out", "seen"))
-        lines.append(f"{name:18}{model['kl']:8.2f}{golds}{share(model['chains']):>9}")
-    picks = nearest(found["best_of_n"]["points"], config.nats)
-    name = f"best of {picks['n']}"
-    lines.append(f"{name:18}{picks['kl']:8.2f}{picks['gold']:8.2f}")
+        chains = share(model["chains"]) if "chains" in model else "-"
+        lines.append(f"{name:18}{model['kl']:8.2f}{golds}{chains:>9}")
     lines.append(f"\n{'end of the path':18}{'KL':>8}{'gold':>8}{'judge':>8}")
     for stage, walked in found.items():
         if "points" in walked:

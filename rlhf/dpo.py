@@ -107,6 +107,7 @@ class Config(reward_model.Config):
         **dict.fromkeys(("dpo_beta", "dpo_lr"), (1e-12, 1e30)),
         "label_smoothing": (0, 0.499),
     }
+    UNUSED: ClassVar = tuple(x for x in reward_model.Config.UNUSED if x != "eval_every")
 
 
 def answer_logps(model: Transformer, rows: list[Row]) -> Tensor:

@@ -17,9 +17,13 @@ from sample import Rollout, complete, decode_completions, tokenizer_of
 ASKED, SHOWN = 120, 8  # requests of a point on a path, and those whose answer it shows
 
 
+def evaluation_requests(seed: int, held_out: bool) -> list[Problem]:
+    return requests(240, seed, "evaluation requests", held_out)
+
+
 def gold_of(model: Transformer, *, limit: int, seed: int, held_out: bool) -> dict[str, float]:
     """Gold of a model's answers and its parts, means over 240 requests, 4 answers of each."""
-    problems = requests(240, seed, "evaluation requests", held_out)
+    problems = evaluation_requests(seed, held_out)
     noise = stream(seed, "evaluation requests, noise").getrandbits(63)
     answers = answer_problems(model, problems, 4, limit=limit, seed=noise)
     return mean_measures(problems, [[text for text, _ in group] for group in answers])
@@ -50,18 +54,31 @@ def gold_table(found: dict[str, dict]) -> str:
 # -------------------------------------------------------------------------------- over-optimisation
 
 
+def point_requests(seed: int, held_out: bool) -> list[Problem]:
+    return requests(ASKED, seed, "requests of a point", held_out)
+
+
 def ask(
-    config: train.Config, model: Transformer, score: train.Reward, held_out: bool, samples: int
-) -> tuple[list[Problem], Rollout, list[str], Tensor, Tensor]:
-    """A model's answers to ASKED requests: requests, rollout and texts, the judge's score of each
-    answer and its gold, (B,) float32 each. The same requests and noise for every model."""
-    problems = requests(ASKED, config.seed, "requests of a point", held_out)
+    config: train.Config,
+    model: Transformer,
+    score: train.Reward,
+    problems: list[Problem],
+    samples: int,
+) -> tuple[Rollout, list[str], Tensor, Tensor]:
+    """A model's answers to requests: rollout and texts, the judge's score of each answer and its
+    gold, (B,) float32 each. The same noise for every model."""
     how = {"group_size": samples, "max_new_tokens": config.max_new_tokens}
     noise = stream(config.seed, "noise of a point").getrandbits(63)
     rollout = complete(model, problems, seed=noise, **how)
     texts = decode_completions(rollout, tokenizer_of(model))
     golds = [REQUESTS.gold(problems[i // samples], text) for i, text in enumerate(texts)]
-    return problems, rollout, texts, score(problems, rollout, 0)["reward"], torch.tensor(golds)
+    return rollout, texts, score(problems, rollout, 0)["reward"], torch.tensor(golds)
+
+
+def halves(golds: Tensor) -> list[float]:
+    """Mean gold of every other request and of the rest, given (P, samples): where one half chooses
+    a point of a path, the other tells what it is worth."""
+    return [golds[0::2].mean().item(), golds[1::2].mean().item()]
 
 
 def log_ratios(reference: Transformer, rollout: Rollout, size: int) -> Tensor:
@@ -81,7 +98,8 @@ def point(
     """Where a policy stands on its path, by 4 answers to each of ASKED requests of a split: KL to
     the fine-tuned model in nats a completion, the judge's score and gold, means over the answers;
     and what it says to the first few requests."""
-    problems, rollout, texts, scores, golds = ask(config, policy, score, held_out, samples=4)
+    problems = point_requests(config.seed, held_out)
+    rollout, texts, scores, golds = ask(config, policy, score, problems, samples=4)
     prompts = [problem.prompt for problem in problems]
     said = zip(prompts, texts[::4], scores[::4].tolist(), golds[::4].tolist())
     names = ("prompt", "said", "proxy", "gold")
@@ -89,6 +107,7 @@ def point(
         "kl": log_ratios(sft, rollout, config.micro_batch).mean().item(),
         "proxy": scores.mean().item(),
         "gold": golds.mean().item(),
+        "halves": halves(golds.view(-1, 4)),
         "tokens": float((rollout.ends - rollout.starts).mean()),
         "said": [dict(zip(names, each)) for each in list(said)[:SHOWN]],
     }
@@ -102,6 +121,17 @@ def best_of(scores: Tensor, n: int) -> Tensor:
     if N % n:
         raise ValueError(f"{N} answers are not groups of {n}")
     return scores.view(P, -1, n).argmax(dim=2) + torch.arange(0, N, n)
+
+
+def gold_of_best(
+    config: train.Config, model: Transformer, score: train.Reward, n: int, held_out: bool
+) -> dict[str, float]:
+    """`gold_of` for best-of-n of the model's answers: the same requests, 4 picks for each."""
+    problems = evaluation_requests(config.seed, held_out)
+    _, texts, scores, _ = ask(config, model, score, problems, samples=4 * n)
+    picks = best_of(scores.view(len(problems), -1), n).tolist()
+    answers = [[texts[4 * n * i + j] for j in picked] for i, picked in enumerate(picks)]
+    return mean_measures(problems, answers)
 
 
 def best_of_kl(n: int) -> float:

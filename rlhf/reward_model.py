@@ -74,6 +74,13 @@ class Config(train.Config):
         **dict.fromkeys(("sft_lr", "reward_lr", "noise"), (1e-12, 1e30)),
         "curated": (2, 2**31 - 1),
     }
+    # fmt: off
+    UNUSED: ClassVar = (  # nothing is learned by GRPO, and the evaluation has its own size
+        "variant", "steps", "prompts", "group_size", "temperature", "lr", "inner_epochs",
+        "minibatches", "micro_batch", "clip_low", "clip_high", "beta", "kl", "reference_every",
+        "rewards", "eval_every", "eval_problems", "eval_samples",
+    )
+    # fmt: on
 
     def __post_init__(self) -> None:
         super().__post_init__()

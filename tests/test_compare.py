@@ -11,11 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+import train
 from kit.run import Run, open_run
 from model import ScalarModel, load_model
 from rlhf import compare as room
 from rlhf import dpo, measure
 from rlhf.compare import Config, compare, nearest
+from rlhf.methods import settings
 from sample import load_policy
 from tests.small import SHAPE
 
@@ -23,7 +25,7 @@ from tests.small import SHAPE
 def config_of(**changes):
     how = {"preset": "tiny", "pretrain_steps": 3, "max_new_tokens": 6, "max_level": 2, "steps": 4}
     how |= {"curated": 20, "sft_steps": 2, "pairs": 150, "min_lead": 0.3, "reward_batch": 8}
-    how |= {"prompts": 2, "group_size": 2, "nats": 0.01}
+    how |= {"prompts": 2, "group_size": 2, "nats": 0.01, "rule": 0.7}
     return Config(**how | SHAPE | changes).filled()
 
 
@@ -46,7 +48,13 @@ def few(monkeypatch):
     shrink(monkeypatch)
 
 
+def less(score, price):
+    """In the place of `with_rule`: so small a model says no sentence twice."""
+    return lambda *given: {"reward": score(*given)["reward"] - price}
+
+
 def shrink(patch):
+    patch.setattr(room, "with_rule", less)
     patch.setattr(measure, "ASKED", 3)
     patch.setattr(room, "MOST", 4)
     patch.setattr(dpo, "HELD_OUT", 30)
@@ -94,6 +102,12 @@ def test_methods_are_compared_at_one_kl_and_what_they_hold(whole):
         golds = f"{at['held_out']['gold']:8.2f}{at['seen']['gold']:8.2f}"
         name = f"{stage}, {at['step']} steps"
         assert f"{name:18}{at['kl']:8.2f}{golds}" in printed
+    picked = result["best_of_n_close"]
+    assert picked["n"] == 2 and picked["kl"] == pytest.approx(math.log(2) - 1 / 2)
+    score = room.judge(load_model(folder / "reward.pt", kind=ScalarModel))
+    sft = load_policy(folder / "sft.pt")
+    for split, held_out in (("held_out", True), ("seen", False)):
+        assert picked[split] == measure.gold_of_best(config_of(), sft, score, 2, held_out)
     picks = result["best_of_n"]["points"]
     assert [row["n"] for row in picks] == [1, 2, 4]
     assert picks[2]["kl"] == pytest.approx(math.log(4) - 3 / 4)
@@ -103,6 +117,24 @@ def test_methods_are_compared_at_one_kl_and_what_they_hold(whole):
     expected = {"ppo": (4, 2), "grpo": (3, 1), "dpo": (2, 1), "best_of_n": (2, 0)}
     assert held == expected | {"grpo by rules": (1, 1)}
     assert result["costs"]["grpo by rules"]["bytes"] == 4 * result["costs"]["dpo"]["bytes"] // 5
+
+
+def test_what_is_pushed_on_differs_from_grpo_in_one_thing(whole):
+    """No KL; a judge of fewer pairs, which learned from a quarter of them; a rule mixed in."""
+    folder, _ = whole
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    stages = {name: [x for x in log if x["stage"] == name] for name in {x["stage"] for x in log}}
+    assert 1 <= len(stages["reward_fewer"]) == len(stages["reward"]) // 4
+    kl = {name: "k1_ref" in lines[0] for name, lines in stages.items() if name.startswith("grpo")}
+    assert kl == {"grpo": True, "grpo_free": False, "grpo_fewer": False, "grpo_rule": False}
+    first = {name: stages[name][0]["reward"] for name in kl}  # of the same answers
+    assert first["grpo"] == first["grpo_free"] == pytest.approx(first["grpo_rule"] + 0.7, abs=1e-5)
+    config, sft = config_of(), load_policy(folder / "sft.pt")
+    problems, rollout = train.sample(settings(config, train.Config), sft, 0)
+    for stage, name in {"grpo": "reward", "grpo_fewer": "reward_fewer"}.items():
+        score = room.judge(load_model(folder / f"{name}.pt", kind=ScalarModel))
+        expected = score(problems, rollout, 0)["reward"].mean().item()
+        assert first[stage] == pytest.approx(expected, abs=1e-4), stage
 
 
 @pytest.mark.slow

@@ -11,7 +11,17 @@ from data.requests import HELD_OUT, parts_of
 from model import ScalarModel
 from rlhf import measure as room
 from rlhf import scalar_model
-from rlhf.measure import ask, best_of, best_of_kl, bytes_held, log_ratios, point
+from rlhf.measure import (
+    ask,
+    best_of,
+    best_of_kl,
+    bytes_held,
+    evaluation_requests,
+    gold_of_best,
+    log_ratios,
+    point,
+    point_requests,
+)
 from rlhf.reward_model import Config, judge
 from sample import complete
 from tests.small import SHAPE, small_model
@@ -76,7 +86,8 @@ def test_the_mean_of_the_log_ratios_is_the_kl():
 def test_a_point_tells_kl_proxy_and_gold_of_the_same_answers(held_out, config):
     policy, sft, score = other_model(), small_model(task="world"), some_judge()
     told = point(config, policy, sft, score, held_out)
-    problems, rollout, texts, scores, golds = ask(config, policy, score, held_out, 4)
+    problems = point_requests(config.seed, held_out)
+    rollout, texts, scores, golds = ask(config, policy, score, problems, 4)
     assert len(problems) == 9 and len(texts) == 36
     assert {parts_of(p)[1] in HELD_OUT for p in problems} == {held_out}
     right = [REQUESTS.gold(problems[i // 4], text) for i, text in enumerate(texts)]
@@ -84,6 +95,8 @@ def test_a_point_tells_kl_proxy_and_gold_of_the_same_answers(held_out, config):
     assert told["gold"] == pytest.approx(np.mean(right), abs=1e-5)
     assert told["proxy"] == pytest.approx(score(problems, rollout, 0)["reward"].mean().item())
     assert told["kl"] == pytest.approx(log_ratios(sft, rollout, 64).mean().item(), abs=1e-5)
+    by_request = np.array(right).reshape(9, 4).mean(axis=1)
+    assert told["halves"] == pytest.approx([by_request[0::2].mean(), by_request[1::2].mean()])
     assert told["kl"] > 0.5
     assert point(config, sft, sft, score)["kl"] == pytest.approx(0, abs=1e-3)
     assert len(told["said"]) == 8
@@ -91,6 +104,22 @@ def test_a_point_tells_kl_proxy_and_gold_of_the_same_answers(held_out, config):
         assert shown["prompt"] == problems[i].prompt and shown["said"] == texts[4 * i]
         assert shown["gold"] == pytest.approx(right[4 * i])
         assert shown["proxy"] == pytest.approx(scores[4 * i].item())
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_gold_of_best_of_n_is_of_the_requests_that_models_are_measured_on(config, held_out):
+    """Four picks for each request, each the highest score of three answers."""
+    model, score = other_model(), some_judge()
+    problems = evaluation_requests(config.seed, held_out)
+    assert len(problems) == 240 and {parts_of(p)[1] in HELD_OUT for p in problems} == {held_out}
+    _, _, scores, golds = ask(config, model, score, problems, 12)
+    picked = []
+    for start in range(0, len(golds), 3):
+        part = scores[start : start + 3].tolist()
+        picked.append(golds[start + part.index(max(part))].item())
+    found = gold_of_best(config, model, score, 3, held_out)["gold"]
+    assert found == pytest.approx(np.mean(picked), abs=1e-5)
+    assert found != pytest.approx(golds.mean().item(), abs=1e-3)
 
 
 def test_best_of_n_picks_the_highest_score():

@@ -16,6 +16,7 @@ from tests.small import SHAPE
 
 def at(step, kl, gold, proxy=0.5):
     told = {"kl": kl, "gold": gold, "proxy": proxy, "tokens": 9.0}
+    told["halves"] = [gold + 1, gold - 1]
     said = [{"prompt": "User: say hello to me\nAssistant:", "said": f" {kl}", **told}]
     return {"step": step, **told, "said": said}
 
@@ -93,6 +94,8 @@ def folders(tmp_path):
         paths = {stage: path_of(seed, 9.0) for stage in rlhf_tables.PUSHED if stage != "best_of_n"}
         picks = [at(0, 0.0, 0.0) | {"n": 1}, at(0, 1.8, 2.0) | {"n": 16}]
         result = {"seed": seed, "sft": model, "best_of_n": {"points": picks}, **paths}
+        picked = {"n": 16, "kl": 1.8, "held_out": split, "seen": split}
+        result["best_of_n_close"] = picked
         result["costs"] = {"dpo": {"models": 2, "trained": 1, "bytes": 3_000_000}}
         for stage in METHODS:
             far = 3.0 if (stage, seed) == ("dpo", 1) else 2.0
@@ -119,12 +122,12 @@ def test_the_tables_tell_the_numbers_of_the_runs(folders):
     assert "Seeds 0, 1," in tables["judges"] and "Seeds 0, 1," in tables["one KL"]
     assert "| new, all pairs | 90.0 % (90.0-90.0) | 75.0 % (70.0-80.0) |" in tables["judges"]
     assert "| DPO | 2.50 (2.00 to 3.00) | 1.00 (0.50 to 1.50) |" in tables["one KL"]
-    assert "| best of 16 | 1.80 (1.80 to 1.80) | 2.00 (2.00 to 2.00) | - |" in tables["one KL"]
+    assert "| best of 16 | 1.80 (1.80 to 1.80) | 1.00 (0.50 to 1.50) |" in tables["one KL"]
     assert "Not within 10 % of the KL: DPO (seed 1, 3.00 nats)." in tables["one KL"]
-    row = "1.50 (1.00 to 2.00) | 2.00 (2.00 to 2.00) | -4.00 (-4.00 to -4.00) | 1.50 (1.50 to 1.50)"
+    row = "0.50 (0.00 to 1.00) | 2.00 (2.00 to 2.00) | -4.00 (-4.00 to -4.00) | 1.50 (1.50 to 1.50)"
     assert f"| GRPO, no KL | {row} |" in tables["over-optimised"]
     assert "| GRPO | `lr` 2 | 3 | 1.90 | 0.50 | 4.00 | chosen |" in tables["searched"]
-    assert "| DPO | 2 | 1 | 3.0 | 0 | 100 | 7.00 |" in tables["costs"]
+    assert "| DPO | 2 | 1 | 3.0 | 0 | 600 | 7.00 |" in tables["costs"]
     shown = tables["hacked samples"]
     assert "User: say hello to me\nAssistant: 9.0\n" in shown and "judge 1.50, gold -4.0" in shown
 

@@ -26,6 +26,7 @@ from experiments.study.rlhf_search import WITHIN, chosen
 from experiments.study.search import spread
 from kit.flags import command_line
 from rlhf.compare import nearest
+from rlhf.dpo import HELD_OUT
 from rlhf.methods import METHODS
 
 PAGE = ROOT / "rlhf" / "README.md"
@@ -94,7 +95,7 @@ def compared(folders: list[Path]) -> dict:
     """What runs of rlhf.compare found: a path for each stage, with samples of one."""
     runs, seeds = read_all(folders, "rlhf.compare"), []
     for _, result in runs:
-        seed = {name: result[name] for name in ("seed", "sft", "costs")}
+        seed = {name: result[name] for name in ("seed", "sft", "costs", "best_of_n_close")}
         for stage in PUSHED:
             seed[stage] = without_samples(result[stage]["points"])
         for stage in METHODS:
@@ -103,7 +104,8 @@ def compared(folders: list[Path]) -> dict:
         seeds.append(seed | {"said": result[HACKED]["points"][-1]["said"]})
     how = runs[0][0]
     completions = how["steps"] * how["prompts"] * how["group_size"]
-    return {"nats": how["nats"], "pairs": how["pairs"], "completions": completions, "seeds": seeds}
+    asked = {"pairs": how["pairs"], "choosing": HELD_OUT, "completions": completions}
+    return {"nats": how["nats"], **asked, "seeds": seeds}
 
 
 def searched(folders: list[Path]) -> dict:
@@ -148,22 +150,17 @@ def table_of_judges(results: dict) -> str:
 def at_one_kl(results: dict) -> str:
     """Each method at the point of its path that is nearest to the KL of the comparison."""
     seeds, nats = results["compared"]["seeds"], results["compared"]["nats"]
-    picks = [nearest(seed["best_of_n"], nats) for seed in seeds]
     models = {
         "fine-tuned, the start": [{"kl": 0.0, **seed["sft"]} for seed in seeds],
-        f"best of {picks[0]['n']}": picks,
+        f"best of {seeds[0]['best_of_n_close']['n']}": [seed["best_of_n_close"] for seed in seeds],
         **{NAMES[name]: [seed[f"{name}_close"] for seed in seeds] for name in METHODS},
     }
     rows = []
     for name, each in models.items():
         cells = [spread([x["kl"] for x in each])]
-        if "chains" in each[0]:
-            for split, part in PARTS.values():
-                cells.append(spread([x[split][part] for x in each]))
-            cells.append(cell([x["chains"] for x in each]))
-        else:  # best of n is no model: it is measured on held-out numbers alone
-            cells += [spread([x["gold"] for x in each]), *["-"] * len(PARTS)]
-        rows.append([name, *cells])
+        cells += [spread([x[split][part] for x in each]) for split, part in PARTS.values()]
+        chains = [x["chains"] for x in each if "chains" in x]  # best of n is no model of its own
+        rows.append([name, *cells, cell(chains) if chains else "-"])
     head = ["", "KL, nats", *PARTS, "chains right"]
     far = [
         f"{NAMES[name]} (seed {seed['seed']}, {seed[f'{name}_close']['kl']:.2f} nats)"
@@ -183,7 +180,7 @@ def costs(results: dict) -> str:
     asks = {
         "ppo": (sampled, pairs),
         "grpo": (sampled, pairs),
-        "dpo": ("0", pairs),
+        "dpo": ("0", f"{found['pairs'] + found['choosing']:,}"),
         "best_of_n": ("n for each answer", pairs),
         "grpo by rules": ("as GRPO", "0"),
     }
@@ -194,25 +191,30 @@ def costs(results: dict) -> str:
         took = [seconds for seconds in took if seconds is not None]
         cells = [str(x["models"]), str(x["trained"]), f"{x['bytes'] / 1e6:.1f}", *asks[name]]
         rows.append([names[name], *cells, spread(took) if took else "-"])
-    head = ["", "models held", "of them trained", "MB", "completions sampled", "pairs judged"]
-    below = "MB: float32 weights, gradients and AdamW's moments of these models, counted."
-    below += " No activations. GRPO by rules has no reference here."
+    head = ["", "models held", "of them trained", "MB", "completions of the policy", "pairs judged"]
+    below = "MB: float32 weights, gradients and AdamW's moments of these models, counted; no "
+    below += "activations. A pair is two completions of the fine-tuned model; the reward model of "
+    below += f"the other methods has learned from DPO's. {found['choosing']:,} more choose DPO's "
+    below += "step, whose copy on disk is not counted. GRPO by rules has no reference here. "
+    below += "CPU seconds: one thread, of the method alone, without its pairs and its judge."
     return grid([*head, "CPU seconds"], rows, f"{below} {made_on(results)}")
 
 
 def over_optimised(results: dict) -> str:
-    """Where gold is highest on each path, and where the path ends."""
+    """Where gold is highest on each path, and where the path ends. One half of the requests
+    chooses the point, and the other tells its gold."""
     seeds, rows = results["compared"]["seeds"], []
     for stage, name in PUSHED.items():
         paths = [seed[stage] for seed in seeds]
-        best = [max(path, key=lambda at: at["gold"]) for path in paths]
+        best = [max(path, key=lambda at: at["halves"][0]) for path in paths]
         ends = [path[-1] for path in paths]
-        cells = [spread([x["gold"] for x in best]), spread([x["kl"] for x in best])]
+        cells = [spread([x["halves"][1] for x in best]), spread([x["kl"] for x in best])]
         cells += [spread([x[of] for x in ends]) for of in ("gold", "proxy", "kl")]
         rows.append([name, *cells])
     gold, proxy = (spread([seed["best_of_n"][0][x] for seed in seeds]) for x in ("gold", "proxy"))
     head = ["", "most gold", "at a KL of", "gold at the end", "judge's score", "KL"]
-    below = f"Held-out numbers; at the start gold is {gold}, and the judge's score {proxy}."
+    below = f"Held-out numbers; at the start gold is {gold}, and the judge's score {proxy}. The "
+    below += "point with most gold is chosen by half of the requests; the rest tell its gold."
     return grid(head, rows, f"{below} {of_seeds(seeds)} {made_on(results)}")
 
 
