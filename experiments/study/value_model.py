@@ -78,7 +78,8 @@ LOOKS = (2, 4, 8)  # rollouts that these have learned from when they are measure
 CHOOSING = 10  # the seed of the grid; settings are compared on others
 COMMAND = "python -m experiments.study.value_model"
 LAST = 10  # steps at the end of a run whose explained variance is averaged
-HELD_OUT, PREFIXES, ROLLOUTS = 128, 80, 64  # problems, prefixes, completions from a prefix
+HELD_OUT, SAMPLES = 128, 4  # problems, completions of each
+PREFIXES, ROLLOUTS = 80, 64  # prefixes of these, completions from a prefix
 AT_ONCE = 4  # prefixes that are rolled out together
 DRAWN = 3  # level of the thoughts in the picture: four numbers
 TURNS = 3
@@ -176,17 +177,19 @@ def against_rollouts(values: np.ndarray, rewards: np.ndarray) -> dict:
 
 
 def calibration(policy: Transformer, value: ScalarModel, config: ppo.Config) -> dict:
-    """The value model on held-out completions, one of each problem: its explained variance, and
-    its values against rollouts, at prefixes drawn evenly from all tokens."""
+    """The value model on held-out completions: its explained variance, and its values against
+    rollouts, at prefixes drawn evenly from all tokens."""
     asked = held_out_problems(config.task, config.levels, HELD_OUT, config.seed, "value model")
-    rollout = complete(policy, asked, max_new_tokens=config.max_new_tokens, seed=config.seed)
+    how = {"group_size": SAMPLES, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    rollout = complete(policy, asked, **how)
     reward = train.rules(rule_weights(config.rewards), tokenizer_of(policy))
     values = rollout_values(value, rollout, config.micro_batch)
     returns = reward(asked, rollout, 0)["reward"][:, None].expand_as(values)
     places = rollout.mask.nonzero().tolist()
     places = stream(config.seed, "prefixes").sample(places, min(PREFIXES, len(places)))
     begun = [
-        (asked[row], rollout.tokens[row, rollout.starts[row] : t].tolist()) for row, t in places
+        (asked[row // SAMPLES], rollout.tokens[row, rollout.starts[row] : t].tolist())
+        for row, t in places
     ]
     rewards, _ = rewards_from(policy, begun, config)
     found = against_rollouts(np.array([values[row, t].item() for row, t in places]), rewards)
@@ -207,7 +210,7 @@ def critics(policy: Transformer, config: ppo.Config) -> dict:
 
     learned = [rewarded(*train.sample(config, policy, step)) for step in range(LOOKS[-1])]
     asked = held_out_problems(config.task, config.levels, HELD_OUT, config.seed, "critics")
-    how = {"group_size": 4, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    how = {"group_size": SAMPLES, "max_new_tokens": config.max_new_tokens, "seed": config.seed}
     held_out, came, _ = rewarded(asked, complete(policy, asked, **how))
     found, models = {name: [] for name in CRITICS}, {}
     for name, (at_the_mean, settings) in CRITICS.items():
@@ -487,8 +490,10 @@ def values_table(results: dict) -> str:
         [each["task"], str(each["seed"]), named(each["row"]), *(f"{each[x]:.2f}" for x in MEASURES)]
         for each in results["examined"]
     ]
-    below = f"`{COMMAND} examine RUN`: {HELD_OUT} held-out problems, {PREFIXES} prefixes, "
-    below += f"{ROLLOUTS} completions from each. {made_on(results)}"
+    below = (
+        f"`{COMMAND} examine RUN`: {HELD_OUT} held-out problems, {SAMPLES} completions of each, "
+    )
+    below += f"and {ROLLOUTS} from each of {PREFIXES} prefixes. {made_on(results)}"
     return grid(["task", "seed", "run", *MEASURES], rows, below)
 
 
@@ -525,7 +530,9 @@ def critics_table(results: dict) -> str:
     below = (
         f"`{COMMAND} critics BASE --seed {found['seed']}`: of the base model of {found['task']}, "
     )
-    below += f"256 completions a rollout; {HELD_OUT} held-out problems, 4 completions of each. "
+    below += (
+        f"256 completions a rollout; {HELD_OUT} held-out problems, {SAMPLES} completions of each. "
+    )
     below += f"Knowable: {found['knowable']:.2f}. {made_on(results)}"
     return grid(["the value model", *(f"after {n} rollouts" for n in LOOKS)], rows, below)
 
