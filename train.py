@@ -481,8 +481,11 @@ def grpo(
         metrics.check_rewards(rewards, rollout, len(problems) * config.group_size)
         advantages = advantage(config, rewards, rollout)  # line 9
         inputs, teaches = loss_inputs(config, policy, reference, rollout, advantages)
-        sampled = time.perf_counter()
+        sample_seconds = time.perf_counter() - started
+        if step == 0:  # looks.jsonl begins with what the policy says before it learns
+            look_at_held_out(config, run, 0, policy, base, reward, advantage)
 
+        started = time.perf_counter()
         lr = learning_rate(config.lr, step, config.steps, warmup=5, decay_from=DECAY_FROM)
         # Lines 10 and 11.
         updates = update(config, run, policy, optimizer, lr, rollout, inputs, teaches)
@@ -490,11 +493,11 @@ def grpo(
             reference.load_state_dict(policy.state_dict())
 
         record = metrics.rollout_metrics(problems, rollout, rewards)
-        record |= updates | {"sample_seconds": sampled - started}
-        record["update_seconds"] = time.perf_counter() - sampled
+        record |= updates | {"sample_seconds": sample_seconds}
+        record["update_seconds"] = time.perf_counter() - started
         due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
         if due:
-            record |= look_at_held_out(config, run, policy, base, reward, advantage)
+            record |= look_at_held_out(config, run, step + 1, policy, base, reward, advantage)
         run.show({short: record[name] for name, short in SHORT.items() if name in record}, keep=due)
         run.log(record)
 
@@ -507,16 +510,18 @@ SHORT |= {"held_out_accuracy": "held"}  # what stands beside the bar, within 80 
 def look_at_held_out(
     config: Config,
     run: Run,
+    done: int,
     policy: Transformer,
     base: Transformer,
     reward: Reward,
     advantage: Callable,
 ) -> dict[str, float]:
-    """How the policy answers held-out problems, the same at each look, and KL(policy, base) in nats
-    a token."""
+    """How the policy answers held-out problems after so many steps, the same problems at each look,
+    and KL(policy, base) in nats a token."""
     problems = held_out_problems(config.task, config.levels, LOOKS, config.seed, "look")
-    limits = {"group_size": config.group_size, "limit": config.max_new_tokens, "seed": config.seed}
-    rollout, numbers = look(run, policy, problems, reward, partial(advantage, config), **limits)
+    how = {"group_size": config.group_size, "limit": config.max_new_tokens, "seed": config.seed}
+    given = run, policy, problems, reward, partial(advantage, config)
+    rollout, numbers = look(*given, done=done, **how)
     rows = np.arange(len(rollout.tokens))
     log_ratio = rollout.logps - rollout_logps(base, rollout, rows, config.micro_batch)
     return numbers | {"base_kl": (log_ratio.sum() / rollout.mask.sum()).item()}

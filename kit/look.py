@@ -26,14 +26,15 @@ def look(
     reward: Callable,
     advantage: Callable,
     *,
+    done: int,
     group_size: int,
     limit: int,
     seed: int,
 ) -> tuple[Rollout, dict[str, float]]:
     """Sample `group_size` completions of each problem, of at most `limit` tokens, and show a few in
-    looks.jsonl. The noise is the same at each look. `reward` and `advantage` are the functions of
-    the training. Returns the rollout and numbers for the log: accuracy, if there is a rule, and
-    measures of thinking."""
+    looks.jsonl, as those of a model that has made `done` steps. The noise is the same at each look.
+    `reward` and `advantage` are the functions of the training. Returns the rollout and numbers for
+    the log: accuracy, if there is a rule, and measures of thinking."""
     limits = {"group_size": group_size, "max_new_tokens": limit}
     noise = stream(seed, "noise of a look").getrandbits(63)
     rollout = complete(model, problems, generate, seed=noise, **limits)
@@ -41,7 +42,8 @@ def look(
     texts = decode_completions(rollout, tokenizer)
     rewards = reward(problems, rollout, run.step)
     advantages = advantage(rewards, rollout)
-    run.look({"problems": told(problems, rollout, texts, rewards, advantages, SHOWN, tokenizer)})
+    shown = told(problems, rollout, texts, rewards, advantages, SHOWN, tokenizer)
+    run.look({"step": done, "problems": shown})
     run.tell(f"{problems[0].expression}: {texts[0]}")
     groups = [texts[i : i + group_size] for i in range(0, len(texts), group_size)]
     right = mean([is_right(text, p) for p, group in zip(problems, groups) for text in group])

@@ -141,9 +141,10 @@ class Run:
 
     @rank_zero_only
     def look(self, record: dict) -> None:
-        """Add a line to looks.jsonl: the model's completions of a few problems at this step."""
+        """Add a line to looks.jsonl, with the current stage: the model's completions of a few
+        problems."""
         with self.writing():
-            self.lines["looks.jsonl"].add({"stage": self.stage, "step": self.step + 1, **record})
+            self.lines["looks.jsonl"].add({"stage": self.stage, **record})
 
     def show(self, numbers: dict[str, float], keep: bool = False) -> None:
         """Show numbers beside the progress bar; with `keep`, also print them above it."""

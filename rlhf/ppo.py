@@ -307,8 +307,11 @@ def ppo(
         earned, values, advantages = estimate(config, value, reference, rewards, rollout)
         _, returns = gae(earned, values, rollout.mask, lam=config.value_lam)
         inputs, teaches = train.loss_inputs(objective, policy, None, rollout, advantages)
-        sampled = time.perf_counter()
+        sample_seconds = time.perf_counter() - started
+        if step == 0:
+            train.look_at_held_out(config, run, 0, policy, base, reward, advantage)
 
+        started = time.perf_counter()
         lr = train.learning_rate(config.value_lr, step, config.steps, **RATES)
         value_updates = []
         for rows in train.minibatches(config, step, len(values)):
@@ -326,11 +329,11 @@ def ppo(
             how = (lr, rollout, inputs, teaches)
             record |= train.update(objective, run, policy, optimizer, *how)
 
-        record["sample_seconds"] = sampled - started
-        record["update_seconds"] = time.perf_counter() - sampled
+        record["sample_seconds"] = sample_seconds
+        record["update_seconds"] = time.perf_counter() - started
         look = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
         if look:
-            record |= train.look_at_held_out(config, run, policy, base, reward, advantage)
+            record |= train.look_at_held_out(config, run, step + 1, policy, base, reward, advantage)
         run.show({short: record[name] for name, short in SHORT.items() if name in record}, look)
         run.log(record)
         if step + 1 == config.steps:  # of a stage that has ended, the policy alone comes back

@@ -77,7 +77,7 @@ class Unsaved:
         self.records.append({"stage": self.stage, "step": self.step + 1, **record})
 
     def look(self, record):
-        self.looks.append({"stage": self.stage, "step": self.step + 1, **record})
+        self.looks.append({"stage": self.stage, **record})
 
     def tell(self, text):
         self.shown.append(text)

@@ -53,6 +53,16 @@ def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def test_a_stage_of_which_only_the_first_look_is_written_is_shown(folder, said):
+    """Before its first line of the log."""
+    write_lines(folder / "log.jsonl", [{"stage": "base", "step": 1, "loss": 1.0}])
+    write_lines(folder / "looks.jsonl", said[1][:1])
+    (run,) = data_in(written([folder]))["runs"]
+    assert list(run["stages"]) == ["base", "r1_zero"]
+    assert [look["step"] for look in run["stages"]["r1_zero"]["looks"]] == [0]
+    assert run["stages"]["r1_zero"]["curves"] == {}
+
+
 def attacked(looks):
     """The same looks, in which a problem and a completion hold markup."""
     looks = json.loads(json.dumps(looks))
@@ -91,7 +101,7 @@ def test_the_page_holds_what_the_model_said(folder, said):
     """Each completion of each look is in the page: its tokens, numbers, rewards and measures."""
     (run,) = data_in(written([folder]))["runs"]
     looks = run["stages"]["r1_zero"]["looks"]
-    assert [look["step"] for look in looks] == [1, 2, 3]
+    assert [look["step"] for look in looks] == [0, 1, 2, 3]
     for shown, (_, record) in zip(looks, [(0, record) for record in said[1]]):
         for ours, problem in zip(shown["problems"], record["problems"], strict=True):
             assert (ours["prompt"], ours["answer"]) == (problem["prompt"], problem["answer"])

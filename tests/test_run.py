@@ -172,7 +172,7 @@ def three_stages(config, stop_at=None):
                 with torch.no_grad():
                     other.weight.mul_(2)
                 run.log({"sum": sums.sum().item(), "other": other.weight.sum().item()})
-                run.look({"seen": [stage, step]})
+                run.look({"step": step + 1, "seen": [stage, step]})
                 if (stage, step) == stop_at:
                     os.kill(os.getpid(), signal.SIGINT)
             assert len(run.ended) in (1, 2, 3)

@@ -405,7 +405,7 @@ def test_the_variant_decides_the_scale_of_the_advantages(monkeypatch):
 
     config = replace(SMALL, steps=1, minibatches=1, micro_batch=16, variant="plain")
     run_grpo(config, reward)
-    groups = given[0]["reward"].view(4, 4)
+    groups = given[0]["reward"].view(4, 4)  # of the rollout: it comes before the first look
     expected = (groups - groups.mean(dim=1, keepdim=True)).flatten()
     found, low, high = seen[0]
     torch.testing.assert_close(found.sort().values, expected[expected != 0].sort().values)
@@ -584,9 +584,9 @@ def test_a_look_tells_accuracy_and_kl_at_temperature_1(temperature):
         return by_length(problems, rollout, step)
 
     how = (reward, train.outcome_advantages)
-    found = train.look_at_held_out(config, run, base, base, *how)
+    found = train.look_at_held_out(config, run, 0, base, base, *how)
     assert found["base_kl"] == pytest.approx(0, abs=1e-6), "it is the base"
-    found = train.look_at_held_out(config, run, policy, base, *how)
+    found = train.look_at_held_out(config, run, 1, policy, base, *how)
     assert asked[0][0] == asked[1][0], "the same problems at each look"
     problems, rollout = asked[1]
     assert all(is_held_out(problem.expression) for problem in problems)
@@ -619,6 +619,19 @@ def test_a_look_tells_accuracy_and_kl_at_temperature_1(temperature):
         assert each["advantage"] == pytest.approx(expected, abs=1e-4)
     assert len(told) == 3 * config.group_size
     assert all(set(each["measures"]) == {"in_steps"} for each in told)
+
+
+def test_the_first_look_is_at_the_model_that_has_not_learned():
+    """It is what the base model says; later looks follow after so many steps."""
+    run, policy = Unsaved(), small_model()
+    config = replace(SMALL, steps=3, eval_every=2)
+    train.grpo(config, run, "r1_zero", policy, small_model(), by_length)
+    assert [each["step"] for each in run.looks] == [0, 2, 3]
+    untouched = Unsaved()
+    next(untouched.steps("r1_zero", 1, policy))
+    how = (by_length, train.outcome_advantages)
+    train.look_at_held_out(config, untouched, 0, small_model(), small_model(), *how)
+    assert run.looks[0] == untouched.looks[0] != run.looks[1] | {"step": 0}
 
 
 def test_captured_sampling_enters_as_an_argument_and_changes_no_step():
@@ -823,7 +836,7 @@ def test_the_run_folder_holds_what_it_should(tiny_run):
     assert config == parsed([*TINY, "--out", str(folder)])
     assert asdict(load_model(folder / "r1_zero.pt").config)["d_model"] == config.d_model
     looks = [json.loads(line) for line in (folder / "looks.jsonl").read_text().splitlines()]
-    assert [look["step"] for look in looks] == [10, 20, 30, 40, 50]
+    assert [look["step"] for look in looks] == [0, 10, 20, 30, 40, 50]
     result = json.loads((folder / "result.json").read_text())
     assert set(result) == {"device", "seed", "seconds", "base", "r1_zero"}
     assert set(result["seconds"]) == {"base", "r1_zero", "evaluation", "total"}

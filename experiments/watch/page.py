@@ -107,7 +107,8 @@ IMITATION = (  # of every other stage
     ),
     Panel(
         "pairs in the right order",
-        "Does it tell the better answer? At 0.5 it guesses; noise in the choices keeps it from 1.",
+        "Does it tell the better answer? At 0.5 it guesses, but a tie counts as wrong; noise in "
+        "the choices keeps it from 1.",
         {"accuracy": "training", "held_out_accuracy": "held out"},
     ),
     Panel(
@@ -145,7 +146,8 @@ def read_run(folder: Path) -> dict:
     try:
         config = json.loads((folder / "config.json").read_text())
         looks = read_lines(folder / "looks.jsonl") if (folder / "looks.jsonl").is_file() else []
-        stages = {name: {"curves": {}, "looks": []} for name in (record["stage"] for record in log)}
+        names = dict.fromkeys(record["stage"] for record in (*log, *looks))
+        stages = {name: {"curves": {}, "looks": []} for name in names}
         for name, stage in stages.items():
             stage |= curves_of([record for record in log if record["stage"] == name])
         pieces: dict[str, int] = {}
