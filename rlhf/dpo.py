@@ -89,7 +89,7 @@ def dpo_loss(
 
 # ------------------------------------------------------------------------------------------- stage
 
-HELD_OUT = 500  # pairs by which the best step is chosen
+CHOOSING = 500  # pairs by which the best step is chosen
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def main(arguments: list[str]) -> None:
     with open_run(config, "-m rlhf.dpo") as run:
         _, policy = fine_tuned(config, run)
         sft = copy.deepcopy(policy)
-        drawn = (config.pairs, "pairs"), (HELD_OUT, "pairs for choosing")
+        drawn = (config.pairs, "pairs"), (CHOOSING, "pairs for choosing")
         pairs = (clear(config, draw_pairs(config, sft, *which)) for which in drawn)
         dpo(config, run, "dpo", policy, sft, *pairs)
         models = {"sft": sft, "dpo": policy}

@@ -59,7 +59,7 @@ def start(config: Config, run: Run) -> Start:
     """The stages "base", "sft" and "reward"."""
     base, sft = fine_tuned(config, run)
     pairs = draw_pairs(config, sft, config.pairs, "pairs")
-    choosing = draw_pairs(config, sft, dpo.HELD_OUT, "pairs for choosing")
+    choosing = draw_pairs(config, sft, dpo.CHOOSING, "pairs for choosing")
     model, answers = scalar_model(base), rows_of(pairs[:STANDARD])
     fit(config, run, "reward", model, clear(config, pairs), answers)
     return Start(base, sft, model, clear(config, pairs), clear(config, choosing), answers)

@@ -57,7 +57,7 @@ def shrink(patch):
     patch.setattr(room, "with_rule", less)
     patch.setattr(measure, "ASKED", 3)
     patch.setattr(room, "MOST", 4)
-    patch.setattr(dpo, "HELD_OUT", 30)
+    patch.setattr(dpo, "CHOOSING", 30)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ import sample
 import train
 from kit import flags
 from model import ModelConfig, Transformer, save_model
+from r1 import four_stages
 from rewards import RULES
+from rlhf import dpo, methods, reward_model
 from tests.small import SHAPE, small_model
 from train import Config
 
@@ -281,3 +283,20 @@ def test_a_group_has_the_rewards_and_advantages_of_its_training(capsys, tmp_path
     assert len(rows) == 4
     for reward, (_, advantage) in zip(rewards, rows):  # dr_grpo: not over the deviation
         assert float(advantage) == pytest.approx(reward - sum(rewards) / 4, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("Stage", "flag"),
+    [
+        (reward_model.Config, "lr"),
+        (dpo.Config, "beta"),
+        (methods.Config, "eval_every"),
+        (four_stages.Config, "rewards"),
+    ],
+)
+def test_a_knob_that_a_program_does_not_turn_is_no_flag(Stage, flag, capsys):
+    assert set(Stage.UNUSED) < {field.name for field in fields(Stage)}
+    assert flags.parse(Stage, reward_model.PRESETS, [], "", "it").seed == 0
+    with pytest.raises(SystemExit):
+        flags.parse(Stage, reward_model.PRESETS, [f"--{flag}", "1"], "", "it")
+    assert f"it: error: unrecognized arguments: --{flag} 1" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_each_method_has_as_many_settings():
 def test_a_search_walks_a_path_for_each_setting(tmp_path, monkeypatch, capsys):
     """Each setting has its own stage, and is the one that is used there."""
     monkeypatch.setattr(measure, "ASKED", 2)
-    monkeypatch.setattr(dpo, "HELD_OUT", 20)
+    monkeypatch.setattr(dpo, "CHOOSING", 20)
     knobs, _ = TRIED["grpo"]
     monkeypatch.setitem(TRIED, "grpo", (knobs, [(1e-3, 0.5), (1e-2, 0.5)]))
     how = {"preset": "tiny", "pretrain_steps": 2, "max_new_tokens": 5, "max_level": 2, "steps": 2}

@@ -26,7 +26,7 @@ from experiments.study.rlhf_search import WITHIN, chosen
 from experiments.study.search import spread
 from kit.flags import command_line
 from rlhf.compare import nearest
-from rlhf.dpo import HELD_OUT
+from rlhf.dpo import CHOOSING
 from rlhf.methods import METHODS
 
 PAGE = ROOT / "rlhf" / "README.md"
@@ -104,7 +104,7 @@ def compared(folders: list[Path]) -> dict:
         seeds.append(seed | {"said": result[HACKED]["points"][-1]["said"]})
     how = runs[0][0]
     completions = how["steps"] * how["prompts"] * how["group_size"]
-    asked = {"pairs": how["pairs"], "choosing": HELD_OUT, "completions": completions}
+    asked = {"pairs": how["pairs"], "choosing": CHOOSING, "completions": completions}
     return {"nats": how["nats"], **asked, "seeds": seeds}
 
 
