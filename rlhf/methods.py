@@ -22,7 +22,7 @@ from rlhf.preferences import Pair, rows_of
 from rlhf.reward_model import STANDARD, clear, draw_pairs, fine_tuned, fit, judge
 from sample import Rollout, decode_completions
 
-POINTS = 12  # of a path, about
+POINTS = 12  # of a path, about; twice as many of DPO
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def start(config: Config, run: Run) -> Start:
 def by_dpo(config: Config, run: Run, stage: str, at: Start) -> Transformer:
     """The policy of the step that held-out pairs chose."""
     policy, steps = copy.deepcopy(at.sft), len(at.pairs) // config.reward_batch
-    how = replace(config, eval_every=max(1, steps // POINTS))
+    how = replace(config, eval_every=max(1, steps // (2 * POINTS)))  # KL grows fast at first
     dpo.dpo(how, run, stage, policy, at.sft, at.pairs, at.choosing)
     return policy
 

@@ -69,4 +69,4 @@ def test_each_method_starts_from_the_same_models_with_its_own_knobs(monkeypatch)
             assert value is not reward
             assert torch.equal(value.trunk.embedding.weight, reward.trunk.embedding.weight)
         else:
-            assert how.eval_every == 24 // 12 and rest == [at.pairs, at.choosing]
+            assert how.eval_every == 24 // 24 and rest == [at.pairs, at.choosing]
