@@ -19,7 +19,8 @@ vocabulary. Column t of `mask`, `logps` and `entropy` speaks of `tokens[:, t]` g
 between logits and tokens. Log-probabilities are taken at the temperature of the sampling.
 
 Watch the rewards, not the loss. At ratio 1, GRPO's loss is minus the mean of advantages that sum to
-0: it is 0 whatever the policy does. Only its gradient matters.
+0: it is 0, however good the policy. Its gradient is not: each advantage multiplies the gradient of
+another output's log-probability.
 """
 
 import math
