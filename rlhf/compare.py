@@ -28,7 +28,6 @@ from rlhf.measure import (
     best_of_kl,
     bytes_held,
     gold_of_best,
-    halves,
     measure,
     point,
     point_requests,
@@ -63,9 +62,8 @@ def pick_best(config: Config, sft: Transformer, score: train.Reward) -> dict:
     scores, golds, points = scores.view(-1, MOST), golds.view(-1, MOST), []
     for n in (2**i for i in range(MOST.bit_length())):
         picks = best_of(scores, n)
-        proxy, picked = scores.gather(1, picks).mean().item(), golds.gather(1, picks)
-        told = {"proxy": proxy, "gold": picked.mean().item(), "halves": halves(picked)}
-        points.append({"n": n, "kl": best_of_kl(n), **told})
+        proxy, gold = (x.gather(1, picks).mean().item() for x in (scores, golds))
+        points.append({"n": n, "kl": best_of_kl(n), "proxy": proxy, "gold": gold})
     return {"points": points}
 
 

@@ -75,12 +75,6 @@ def ask(
     return rollout, texts, score(problems, rollout, 0)["reward"], torch.tensor(golds)
 
 
-def halves(golds: Tensor) -> list[float]:
-    """Mean gold of every other request and of the rest, given (P, samples): where one half chooses
-    a point of a path, the other tells what it is worth."""
-    return [golds[0::2].mean().item(), golds[1::2].mean().item()]
-
-
 def log_ratios(reference: Transformer, rollout: Rollout, size: int) -> Tensor:
     """log(pi / pi_ref) of each completion of a rollout, (B,), in nats, where pi sampled it at
     temperature 1. The mean is an unbiased estimate of KL(pi || pi_ref)."""
@@ -107,7 +101,6 @@ def point(
         "kl": log_ratios(sft, rollout, config.micro_batch).mean().item(),
         "proxy": scores.mean().item(),
         "gold": golds.mean().item(),
-        "halves": halves(golds.view(-1, 4)),
         "tokens": float((rollout.ends - rollout.starts).mean()),
         "said": [dict(zip(names, each)) for each in list(said)[:SHOWN]],
     }

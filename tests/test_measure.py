@@ -95,8 +95,6 @@ def test_a_point_tells_kl_proxy_and_gold_of_the_same_answers(held_out, config):
     assert told["gold"] == pytest.approx(np.mean(right), abs=1e-5)
     assert told["proxy"] == pytest.approx(score(problems, rollout, 0)["reward"].mean().item())
     assert told["kl"] == pytest.approx(log_ratios(sft, rollout, 64).mean().item(), abs=1e-5)
-    by_request = np.array(right).reshape(9, 4).mean(axis=1)
-    assert told["halves"] == pytest.approx([by_request[0::2].mean(), by_request[1::2].mean()])
     assert told["kl"] > 0.5
     assert point(config, sft, sft, score)["kl"] == pytest.approx(0, abs=1e-3)
     assert len(told["said"]) == 8

@@ -10,13 +10,13 @@ from experiments.study.collect import RESULTS
 from experiments.study.rlhf_search import TRIED, chosen, settings_of
 from kit.run import open_run
 from rlhf import dpo, measure
+from rlhf.compare import nearest
 from rlhf.methods import METHODS
 from tests.small import SHAPE
 
 
 def at(step, kl, gold, proxy=0.5):
     told = {"kl": kl, "gold": gold, "proxy": proxy, "tokens": 9.0}
-    told["halves"] = [gold + 1, gold - 1]
     said = [{"prompt": "User: say hello to me\nAssistant:", "said": f" {kl}", **told}]
     return {"step": step, **told, "said": said}
 
@@ -124,7 +124,7 @@ def test_the_tables_tell_the_numbers_of_the_runs(folders):
     assert "| DPO | 2.50 (2.00 to 3.00) | 1.00 (0.50 to 1.50) |" in tables["one KL"]
     assert "| best of 16 | 1.80 (1.80 to 1.80) | 1.00 (0.50 to 1.50) |" in tables["one KL"]
     assert "Not within 10 % of the KL: DPO (seed 1, 3.00 nats)." in tables["one KL"]
-    row = "0.50 (0.00 to 1.00) | 2.00 (2.00 to 2.00) | -4.00 (-4.00 to -4.00) | 1.50 (1.50 to 1.50)"
+    row = "1.50 (1.00 to 2.00) | 2.00 (2.00 to 2.00) | -4.00 (-4.00 to -4.00) | 1.50 (1.50 to 1.50)"
     assert f"| GRPO, no KL | {row} |" in tables["over-optimised"]
     assert "| GRPO | `lr` 2 | 3 | 1.90 | 0.50 | 4.00 | chosen |" in tables["searched"]
     assert "| DPO | 2 | 1 | 3.0 | 0 | 600 | 7.00 |" in tables["costs"]
@@ -164,3 +164,38 @@ def test_the_tables_of_the_page_are_those_of_the_results(name):
     if part in results:
         block = page.partition(comment)[2].partition("\n<!-- end -->")[0]
         assert block == table(results)
+
+
+def test_without_a_kl_the_judges_score_rises_and_gold_falls():
+    """In every seed: at the end of the path gold is below its start, the score far above."""
+    seeds = results_of_the_chapter()["compared"]["seeds"]
+    assert len(seeds) >= 3
+    for seed in seeds:
+        first, *_, last = seed["grpo_free"]
+        assert last["gold"] < first["gold"] and last["proxy"] > first["proxy"] + 0.8
+
+
+def test_what_the_page_says_of_the_methods_holds_in_every_seed():
+    """All gain on both splits, PPO more than GRPO on held-out numbers; best-of-n most on seen
+    ones; a KL pays at one KL, and chains stay."""
+    compared = results_of_the_chapter()["compared"]
+    for seed in compared["seeds"]:
+        gold = {
+            split: {
+                name.removesuffix("_close"): model[split]["gold"]
+                for name, model in seed.items()
+                if name.endswith("_close") or name == "sft"
+            }
+            for split in ("held_out", "seen")
+        }
+        for golds in gold.values():
+            assert golds["sft"] == min(golds.values())
+        assert gold["held_out"]["ppo"] > gold["held_out"]["grpo"]
+        assert gold["seen"]["best_of_n"] == max(gold["seen"].values())
+        with_kl, free = (
+            nearest(seed[stage], compared["nats"])["gold"] for stage in ("grpo", "grpo_free")
+        )
+        assert with_kl > free > seed["grpo_free"][0]["gold"]
+        assert 2 < seed["grpo"][-1]["kl"] < 3
+        chains = [seed[f"{method}_close"]["chains"] for method in METHODS]
+        assert chains == pytest.approx([seed["sft"]["chains"]] * 3, abs=0.03)

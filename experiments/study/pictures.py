@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 from data.signs import Signs
@@ -200,13 +201,64 @@ def draw_search(axes, seeds: list[dict]) -> None:
     axes[1].legend(fontsize=8, loc="lower right")
 
 
+def draw_value(axes, thoughts: list[dict]) -> None:
+    """What the value model expects before each token of a thought, and what rollouts from there
+    earn and how often they are right. The verdicts of the thought are marked."""
+    for axis, thought in zip(axes, thoughts):
+        for field, label, color in (
+            ("value", "the value model", GRPO),
+            ("reward", "rollouts from here: their reward", DR_GRPO),
+            ("right", "rollouts from here: share that is right", OTHER),
+        ):
+            axis.plot(thought[field], color=color, label=label, linewidth=1.2)
+        for place, token in enumerate(thought["tokens"]):
+            if token in (" no", " yes"):  # column t is before token t: the verdict shows at t + 1
+                axis.axvline(place + 1, color=BASE, linestyle=":", linewidth=1)
+                axis.annotate(token, (place + 1, 2.06), ha="center", fontsize=8)
+        axis.set(xlabel="tokens", ylim=(0, 2.2))
+        axis.set_title(f"a thought about: {thought['problem']}", fontsize=10, pad=12)
+    named = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(*named, fontsize=8, ncols=3, loc="outside lower center")
+
+
+def draw_pushed(axes, compared: dict) -> None:
+    """Gold and the judge's score on held-out numbers over the square root of the KL, a line for
+    each seed, with a hacked sample at the end of a path (the axes of Gao et al. 2022)."""
+    seeds = compared["seeds"]
+    for axis, (of, title) in zip(axes, {"gold": "gold", "proxy": "judge's score"}.items()):
+        for (stage, name), color in zip(PUSHED.items(), (BASE, CHANCE, DR_GRPO, GRPO, HACK)):
+            for number, seed in enumerate(seeds):
+                points = seed[stage]
+                far = [math.sqrt(max(0.0, at["kl"])) for at in points]  # estimates can be below 0
+                look = {"color": color, "linewidth": 1.2, "marker": ".", "markersize": 4}
+                label = None if number else name
+                axis.plot(far, [at[of] for at in points], label=label, **look)
+        axis.set(title=f"{title}, held-out numbers", xlabel="square root of the KL in nats")
+    said = seeds[0]["said"][0]["said"].strip()
+    end = seeds[0]["grpo_free"][-1]
+    place = math.sqrt(max(0.0, end["kl"])), end["gold"]
+    look = {"fontsize": 7, "color": HACK, "arrowprops": {"arrowstyle": "->", "color": HACK}}
+    text = f'"{textwrap.fill(said, 34)}"'
+    axes[0].annotate(text, place, (0.03, 0.05), textcoords="axes fraction", **look)
+    axes[1].legend(fontsize=8, loc="lower right")
+
+
+PUSHED = {  # stages of rlhf.compare, as the picture calls them
+    "best_of_n": "best of n",
+    "ppo": "PPO",
+    "grpo_rule": "GRPO, no KL, a rule mixed in",
+    "grpo": "GRPO",
+    "grpo_free": "GRPO, no KL",
+}
 PICTURES = {  # for each picture: the file of results, its part, the function, number of panels
     "search": ("search", "seeds", draw_search, 3),
+    "value": ("ppo", "thoughts", draw_value, 2),
     "learning": ("phenomena", "seeds", draw_learning, 3),
     "signals": ("phenomena", "seeds", draw_signals, 3),
     "pass_at_k": ("phenomena", "seeds", draw_pass_at_k, 4),
     "language": ("phenomena", "seeds", draw_language, 2),
     "hacked": ("hacked", "rewards", draw_hacked, 2),
+    "pushed": ("rlhf", "compared", draw_pushed, 2),
 }
 
 

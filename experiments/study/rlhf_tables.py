@@ -82,7 +82,8 @@ def rounded(x):
 
 
 def without_samples(points: list[dict]) -> list[dict]:
-    return [{name: value for name, value in at.items() if name != "said"} for at in points]
+    kept = ("step", "n", "kl", "proxy", "gold", "tokens")
+    return [{name: at[name] for name in kept if name in at} for at in points]
 
 
 def judged(folders: list[Path]) -> list[dict]:
@@ -201,20 +202,17 @@ def costs(results: dict) -> str:
 
 
 def over_optimised(results: dict) -> str:
-    """Where gold is highest on each path, and where the path ends. One half of the requests
-    chooses the point, and the other tells its gold."""
-    seeds, rows = results["compared"]["seeds"], []
+    """Gold on each path where the methods are compared, and where the path ends."""
+    seeds, nats, rows = results["compared"]["seeds"], results["compared"]["nats"], []
     for stage, name in PUSHED.items():
         paths = [seed[stage] for seed in seeds]
-        best = [max(path, key=lambda at: at["halves"][0]) for path in paths]
-        ends = [path[-1] for path in paths]
-        cells = [spread([x["halves"][1] for x in best]), spread([x["kl"] for x in best])]
+        early, ends = [nearest(path, nats) for path in paths], [path[-1] for path in paths]
+        cells = [spread([x[of] for x in early]) for of in ("gold", "kl")]
         cells += [spread([x[of] for x in ends]) for of in ("gold", "proxy", "kl")]
         rows.append([name, *cells])
     gold, proxy = (spread([seed["best_of_n"][0][x] for seed in seeds]) for x in ("gold", "proxy"))
-    head = ["", "most gold", "at a KL of", "gold at the end", "judge's score", "KL"]
-    below = f"Held-out numbers; at the start gold is {gold}, and the judge's score {proxy}. The "
-    below += "point with most gold is chosen by half of the requests; the rest tell its gold."
+    head = ["", f"gold near {nats:g} nats", "KL", "gold at the end", "judge's score", "KL"]
+    below = f"Held-out numbers; at the start gold is {gold}, and the judge's score {proxy}."
     return grid(head, rows, f"{below} {of_seeds(seeds)} {made_on(results)}")
 
 
