@@ -96,13 +96,17 @@ class Bench:
         return rl_for_all(config, self.run, self.row, self.models[start], self.judge)
 
 
+class TooFew(ValueError):
+    """R1-Zero says too little that is right and readable: the row cannot be made."""
+
+
 def own(bench: Bench) -> list[Row]:
     """As many documents for stage 1 as the run's, right and readable samples of R1-Zero. Raises
-    ValueError where R1-Zero says too few."""
+    TooFew where R1-Zero says too few."""
     wanted = bench.config.cold_documents
     rows = kept(bench.config, bench.models["r1_zero"], 8 * wanted)[:wanted]
     if len(rows) < wanted:
-        raise ValueError(f"R1-Zero says {len(rows)} of {wanted} documents: leave cold_own out")
+        raise TooFew(f"R1-Zero says {len(rows)} of {wanted} documents")
     return rows
 
 
@@ -155,14 +159,19 @@ NEEDS = {"long_on_base": "long_dev2", "long_on_dev2": "long_dev2", "r1_on_dev2":
 
 
 def controls(config: Config, run: Run) -> dict:
-    """Makes the rows that are asked for, each once."""
+    """Makes the rows that are asked for, each once. One that cannot be made is told and left
+    out."""
     folder, found = Path(config.of), {}
     models = {name: load_policy(folder / f"{name}.pt", config.device) for name in STAGES}
     judge = load_model(folder / "reward.pt", config.device, ScalarModel)
     bench = Bench(config, run, models, judge)
     print(head())
     for bench.row in config.rows:
-        models[bench.row] = made = CONTROLS[bench.row](bench)
+        try:
+            models[bench.row] = made = CONTROLS[bench.row](bench)
+        except TooFew as reason:
+            print(f"{bench.row:16} left out: {reason}", flush=True)
+            continue
         measured = run.once(bench.row, lambda made=made: measure(config, made))
         seconds = run.seconds[bench.row]
         found[bench.row] = measured | {"tokens": None, "seconds": seconds}
