@@ -379,7 +379,7 @@ def test_a_control_is_compared_with_its_stage_seed_by_seed():
     without = found_by(9) | {"controls": {}}
     (line,) = study.controls({"seeds": [found_by(0, 0.2), found_by(1), without]}).splitlines()[2:3]
     assert line.startswith("| `dev3_on_dev2` | Dev3, on Dev2 in place of the base | 2 | ")
-    assert "| 65.0 % (+10.0) |" in line and "| 0.25 (-0.25) |" in line
+    assert "| 65.0 % (+10.0) |" in line and "| 0.25 (-0.25*) |" in line
 
 
 def test_every_control_is_told_on_the_page():

@@ -132,17 +132,21 @@ def controls(results: dict) -> str:
         if pairs:
             cells = (against(name, pairs) for name in SHOWN)
             rows.append([f"`{row}`", f"{NAMES[stage]}, {text}", str(len(pairs)), *cells])
-    below = "Means over the seeds; in brackets the difference to the stage that is named first."
+    below = "Means over the seeds; in brackets the difference to the stage that is named first, "
+    below += "with a star where it has the same sign in each of several seeds."
     return grid(["row", "what it is", "seeds", *(COLUMNS[name] for name in SHOWN)], rows, below)
 
 
 def against(name: str, pairs: list[tuple[dict, dict]]) -> str:
     """The mean of a measure over the seeds, and the mean difference to the stage."""
     mean = sum(one[name] for one, _ in pairs) / len(pairs)
-    difference = mean - sum(stage[name] for _, stage in pairs) / len(pairs)
+    differences = [one[name] - stage[name] for one, stage in pairs]
+    difference = sum(differences) / len(pairs)
+    agree = len(pairs) > 1 and (min(differences) > 0 or max(differences) < 0)
+    star = "*" if agree else ""
     if name in ("gold", "gold_held_out", "web_loss"):
-        return f"{mean:.2f} ({difference:+.2f})"
-    return f"{100 * mean:.1f} % ({100 * difference:+.1f})"
+        return f"{mean:.2f} ({difference:+.2f}{star})"
+    return f"{100 * mean:.1f} % ({100 * difference:+.1f}{star})"
 
 
 def costs(results: dict) -> str:
