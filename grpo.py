@@ -20,7 +20,7 @@ between logits and tokens. Log-probabilities are taken at the temperature of the
 
 Watch the rewards, not the loss. At ratio 1, GRPO's loss is minus the mean of advantages that sum to
 0: it is 0, however good the policy. Its gradient is not: each advantage multiplies the gradient of
-another output's log-probability.
+its own output's log-probability, and these differ.
 """
 
 import math

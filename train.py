@@ -202,7 +202,7 @@ PRESETS = {
     },
     "tiny": {
         "task": "chains", "max_level": 3, "n_layer": 2, "d_ff": 128, "eval_problems": 100,
-        "pretrain_steps": 3000, "pretrain_tokens": 320, "steps": 60,
+        "pretrain_steps": 6000, "pretrain_tokens": 320, "steps": 60,
     },
 }
 # fmt: on

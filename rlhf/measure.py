@@ -64,10 +64,12 @@ def ask(
     score: train.Reward,
     problems: list[Problem],
     samples: int,
+    first_row: int = 0,
 ) -> tuple[Rollout, list[str], Tensor, Tensor]:
     """A model's answers to requests: rollout and texts, the judge's score of each answer and its
-    gold, (B,) float32 each. The same noise for every model."""
-    how = {"group_size": samples, "max_new_tokens": config.max_new_tokens}
+    gold, (B,) float32 each. The noise, that of rows from `first_row` on, is the same for every
+    model."""
+    how = {"group_size": samples, "max_new_tokens": config.max_new_tokens, "first_row": first_row}
     noise = stream(config.seed, "noise of a point").getrandbits(63)
     rollout = complete(model, problems, seed=noise, **how)
     texts = decode_completions(rollout, tokenizer_of(model))
@@ -120,10 +122,10 @@ def gold_of_best(
     config: train.Config, model: Transformer, score: train.Reward, n: int, held_out: bool
 ) -> dict[str, float]:
     """`gold_of` for best-of-n of the model's answers: the same requests, 4 picks for each."""
-    problems = evaluation_requests(config.seed, held_out)
-    _, texts, scores, _ = ask(config, model, score, problems, samples=4 * n)
-    picks = best_of(scores.view(len(problems), -1), n).tolist()
-    answers = [[texts[4 * n * i + j] for j in picked] for i, picked in enumerate(picks)]
+    problems, answers = evaluation_requests(config.seed, held_out), []
+    for i, problem in enumerate(problems):  # one at a time: all at once would fill the memory
+        _, texts, scores, _ = ask(config, model, score, [problem], 4 * n, first_row=4 * n * i)
+        answers.append([texts[pick] for pick in best_of(scores[None], n)[0].tolist()])
     return mean_measures(problems, answers)
 
 

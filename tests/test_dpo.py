@@ -139,7 +139,8 @@ def pairs_of(count, seed, right=1.0):
 
 
 def config_of(**changes):
-    how = {"preset": "tiny", "task": "world", "reward_batch": 4, "eval_every": 2, "dpo_lr": 3e-3}
+    how = {"preset": "tiny", "task": "world", "reward_batch": 4, "eval_every": 2}
+    how |= {"dpo_lr": 3e-3, "dpo_beta": 0.2}
     return Config(**how | SHAPE | changes).filled()
 
 
@@ -229,7 +230,7 @@ def test_the_kind_of_loss_its_beta_and_smoothing_are_the_configs():
         assert run.records[0]["loss"] == pytest.approx(first)
         rows, models = rows_of(held_out), (run.written["dpo_1.pt"], small_model(task="world"))
         logps, ref_logps = (all_answer_logps(model, rows).chunk(2) for model in models)
-        how = {"beta": Config.dpo_beta, "kind": "sigmoid", "label_smoothing": 0.0}
+        how = {"beta": config_of().dpo_beta, "kind": "sigmoid", "label_smoothing": 0.0}
         how |= {name.removeprefix("dpo_"): x for name, x in changes.items()}
         how["kind"] = how.pop("loss", how["kind"])
         expected = dpo_loss(*logps, *ref_logps, **how)[0].item()
@@ -279,13 +280,7 @@ def test_a_stopped_dpo_ends_as_one_that_never_was(stops, tmp_path, monkeypatch, 
 
 
 def test_the_command_leaves_the_best_model_and_gold_of_both(tmp_path, capsys):
-    few = [
-        "--pretrain_steps=2",
-        "--sft_steps=2",
-        "--pairs=60",
-        "--min_lead=0.3",
-        "--eval_samples=8",
-    ]
+    few = ["--pretrain_steps=2", "--sft_steps=2", "--pairs=60", "--min_lead=0.3"]
     few += ["--max_new_tokens=8", "--reward_batch=8", "--curated=20", f"--out={tmp_path / 'run'}"]
     room.main(["--preset=tiny", *few, *SHAPE_FLAGS])
     result = json.loads((tmp_path / "run" / "result.json").read_text())

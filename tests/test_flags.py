@@ -291,6 +291,7 @@ def test_a_group_has_the_rewards_and_advantages_of_its_training(capsys, tmp_path
         (reward_model.Config, "lr"),
         (dpo.Config, "beta"),
         (methods.Config, "eval_every"),
+        (methods.Config, "kl"),
         (four_stages.Config, "rewards"),
     ],
 )
@@ -300,3 +301,9 @@ def test_a_knob_that_a_program_does_not_turn_is_no_flag(Stage, flag, capsys):
     with pytest.raises(SystemExit):
         flags.parse(Stage, reward_model.PRESETS, [f"--{flag}", "1"], "", "it")
     assert f"it: error: unrecognized arguments: --{flag} 1" in capsys.readouterr().err
+
+
+def test_a_knob_that_one_program_does_not_turn_is_a_flag_of_another():
+    for Stage, name in ((dpo.Config, "eval_every"), (methods.Config, "beta")):
+        config = flags.parse(Stage, reward_model.PRESETS, [f"--{name}", "3"], "", "it")
+        assert getattr(config, name) == 3

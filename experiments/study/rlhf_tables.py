@@ -197,7 +197,10 @@ def costs(results: dict) -> str:
     below += "activations. A pair is two completions of the fine-tuned model; the reward model of "
     below += f"the other methods has learned from DPO's. {found['choosing']:,} more choose DPO's "
     below += "step, whose copy on disk is not counted. GRPO by rules has no reference here. "
-    below += "CPU seconds: one thread, of the method alone, without its pairs and its judge."
+    below += (
+        "CPU seconds: one thread, without pairs and judge, with the looks of each stage (DPO's "
+    )
+    below += "are many)."
     return grid([*head, "CPU seconds"], rows, f"{below} {made_on(results)}")
 
 
