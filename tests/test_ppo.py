@@ -670,6 +670,8 @@ def left(folder):
 def test_a_stopped_ppo_ends_as_one_that_never_was(stops, tmp_path):
     """While the value model warms up, at its end, and in the last step; with the value model."""
     job(flags_of(tmp_path / "whole"))
+    looks = [json.loads(x) for x in (tmp_path / "whole" / "looks.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [0, 2, 4, 5]
     arguments = flags_of(tmp_path / "run")
     for stop in stops:
         with pytest.raises(SystemExit) as end:

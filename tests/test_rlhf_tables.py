@@ -69,7 +69,8 @@ def test_a_search_walks_a_path_for_each_setting(tmp_path, monkeypatch, capsys):
 
 
 def path_of(seed, last):
-    points = [at(0, 0.0, 0.0), at(3, 2.0, 1.0 + seed), at(6, last, -4.0, proxy=1.5)]
+    points = [at(0, 0.0, 0.0), at(1, 0.4, 7.0), at(3, 2.0, 1.0 + seed)]
+    points.append(at(6, last, -4.0, proxy=1.5))
     return {"points": points, "seconds": 7.0 if seed else None}
 
 
