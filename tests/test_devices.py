@@ -45,7 +45,7 @@ def test_a_run_makes_no_tensor_in_float64(more, tmp_path):
 def test_ppo_and_dpo_make_no_tensor_in_float64(tmp_path):
     """Nor do the reward model, the value model and fine-tuning on the way."""
     few = ["--preset=tiny", "--pretrain_steps=2", "--sft_steps=2", "--pairs=60", "--min_lead=0.3"]
-    few += ["--eval_samples=8", "--max_new_tokens=8", "--reward_batch=8", "--curated=20"]
+    few += ["--max_new_tokens=8", "--reward_batch=8", "--curated=20"]
     with NoDouble() as guard:
         ppo.main([*FLAGS, f"--out={tmp_path / 'ppo'}"])
         dpo.main([*few, "--device=cpu", *SHAPE_FLAGS, f"--out={tmp_path / 'dpo'}"])

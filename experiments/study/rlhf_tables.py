@@ -22,7 +22,7 @@ from experiments.study.collect import (
     processor,
     write_into_page,
 )
-from experiments.study.rlhf_search import WITHIN, chosen
+from experiments.study.rlhf_search import TRIED, WITHIN, chosen
 from experiments.study.search import spread
 from kit.flags import command_line
 from rlhf.compare import nearest
@@ -111,7 +111,9 @@ def compared(folders: list[Path]) -> dict:
 
 def searched(folders: list[Path]) -> dict:
     """What runs of rlhf_search found, of one seed: for each method the settings and their paths."""
-    runs = read_all(folders, "experiments.study.rlhf_search", (*OWN, "searched"))
+    knobs = [knob for knobs, _ in TRIED.values() for knob in knobs]  # each search has its own
+    free = (*OWN, "searched", *knobs)
+    runs = read_all(folders, "experiments.study.rlhf_search", free)
     found = {"seed": runs[0][0]["seed"], "nats": runs[0][0]["nats"]}
     for settings, result in runs:
         if settings["seed"] != found["seed"]:
