@@ -298,16 +298,16 @@ def looked_at(policy: Transformer, value: ScalarModel, config: ppo.Config) -> di
 
 
 class OneStep:
-    """A run in no folder that ends after one step and keeps its CPU seconds and its log. The stage
-    believes in many more steps, so that no look at held-out problems is due."""
+    """A run in no folder that makes one step and keeps its CPU seconds and its log. It is not the
+    first of a stage, and the stage believes in many more: no look at held-out problems is due."""
 
     def steps(self, stage: str, count: int, model: nn.Module, **state) -> Iterator[int]:
-        self.stage, self.step = stage, 0
+        self.stage, self.step = stage, 1
         named = {"policy": model, **state}.values()
         self.models = [x for x in named if isinstance(x, nn.Module)]
         self.optimizers = [x for x in named if isinstance(x, torch.optim.Optimizer)]
         started = time.process_time()
-        yield 0
+        yield self.step
         self.seconds = time.process_time() - started
 
     def show(self, numbers: dict[str, float], keep: bool = False) -> None:
@@ -338,8 +338,8 @@ def kept_for_backward(forward: Callable[[], Tensor], model: nn.Module) -> int:
 
 
 def cost(method: str, base: Transformer, reward: train.Reward, **settings) -> dict:
-    """The CPU seconds of one step, the first, and the bytes that are held for training. Equal
-    arguments but for the method give equal rollouts."""
+    """The CPU seconds of one step and the bytes that are held for training. Equal arguments but
+    for the method give equal rollouts."""
     more = {"value_warmup": 0} if method == "PPO" else {}
     config = METHODS[method](task=base.config.task, steps=10**6, eval_every=10**6, **settings)
     config = replace(config.filled(), **more)
@@ -516,7 +516,7 @@ def costs_table(results: dict) -> str:
             )
     head = ["weights", "method", "models trained", "weights, MB", "gradients", "moments"]
     head += ["activations", "seconds of sampling", "seconds of the rest"]
-    below = f"`{COMMAND} machine BASE R1_ZERO`: the first step, of the same completions for both. "
+    below = f"`{COMMAND} machine BASE R1_ZERO`: one step, of the same completions for both. "
     below += f"CPU seconds of one thread, median of {TURNS} in turns; other work ran beside it. "
     below += "Activations: what a micro-batch keeps of the policy, then of the value model. "
     below += made_on(results)
