@@ -236,6 +236,6 @@ def test_the_readmes_sentences_are_of_the_results():
         "R1-Zero on {:.1f}, {:.1f} and {:.1f} %".format(*trained),
         "({:.0f} and {:.0f} % in the format at 4 and 5 numbers, where the other is cut to "
         "{:.0f} and {:.0f} %)".format(*form),
-        "{:.1f} % are worked out right before GRPO, {:.1f} % after".format(*sloppy),
+        "is right in {:.1f} % before GRPO, in {:.1f} % after".format(*sloppy),
     ):
         assert sentence in told, sentence
