@@ -40,9 +40,11 @@ class Config(dpo.Config):
 
     method: ClassVar = "compare"
     RANGES: ClassVar = dpo.Config.RANGES | {"ppo_lr": (1e-12, 1e30), "fewer": (1e-3, 1)}
-    UNUSED: ClassVar = (  # by all methods alike, a KL in the loss among them
-        *("rewards", "eval_every", "eval_problems", "eval_samples", "kl", "reference_every"),
+    # fmt: off
+    UNUSED: ClassVar = (
+        "rewards", "eval_every", "eval_problems", "eval_samples", "kl", "reference_every",
     )
+    # fmt: on
 
 
 @dataclass

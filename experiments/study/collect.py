@@ -126,12 +126,23 @@ def processor() -> str:
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
+def made_here() -> dict[str, str]:
+    """What results say of the machine that made them: `made_on` reads it."""
+    return {"hardware": processor(), "torch": version("torch")}
+
+
 def cell(values: list[float]) -> str:
     """The mean of the values and, if there are several, their range. Shares are in percent."""
     scale, unit = (100, " %") if max(values) <= 1 else (1, "")
     ends = (min(values), max(values), sum(values) / len(values))
     low, high, mean = (scale * value for value in ends)
     return f"{mean:.1f}{unit}" + (f" ({low:.1f}-{high:.1f})" if len(values) > 1 else "")
+
+
+def spread(values: list[float]) -> str:
+    """The mean of numbers that are no shares and, if there are several, their range."""
+    ends = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.2f}{ends}"
 
 
 def markdown(name: str, results: dict) -> str:
@@ -208,8 +219,7 @@ def main(arguments: list[str]) -> None:
     runs = [read_run(folder, TABLES[args.table]) for folder in args.run]
     results = {
         "command": TABLES[args.table].command,
-        "hardware": processor(),
-        "torch": version("torch"),
+        **made_here(),
         "runs": sorted(runs, key=lambda run: (run["seed"], str(run["settings"]))),
     }
     text = markdown(args.table, results)

@@ -8,7 +8,6 @@ A row of the controls is compared with a stage of the same run: differences are 
 
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from experiments.study.collect import (
@@ -17,11 +16,11 @@ from experiments.study.collect import (
     cell,
     check_one_configuration,
     grid,
+    made_here,
     made_on,
-    processor,
+    spread,
     write_into_page,
 )
-from experiments.study.search import spread
 from kit.evaluate import share
 from kit.flags import command_line
 from r1.distill import teacher_costs
@@ -55,6 +54,7 @@ ROWS = {  # of the controls: the stage that a row is compared with, and what dif
     "forgotten_on_dev2": ("dev3", "an eighth of the curated answers, on Dev2"),
     "r1_on_dev2": ("r1", "from a stage 3 that went on from Dev2"),
 }
+POINTS = ("gold", "gold_held_out", "web_loss")  # measures that are no shares
 SHOWN = ("right", "readable", "korean", "gold", "gold_held_out", "web_loss")  # of a control
 OWN = ("seed", "out", "init")  # settings that runs of one publication may differ in
 
@@ -84,8 +84,7 @@ def published(folders: list[Path]) -> dict:
         raise ValueError("a seed comes twice: give each run once")
     return {
         "command": "python -m r1.four_stages --seed SEED",
-        "hardware": processor(),
-        "torch": version("torch"),
+        **made_here(),
         "seeds": sorted(seeds, key=lambda found: found["seed"]),
     }
 
@@ -94,7 +93,7 @@ def number(name: str, values: list[float]) -> str:
     """The mean of a measure and its range, as a cell."""
     if name in ("tokens", "seconds"):
         return f"{sum(values) / len(values):,.0f}"
-    if name in ("gold", "gold_held_out", "web_loss"):
+    if name in POINTS:
         return spread(values)
     return cell(values)
 
@@ -144,7 +143,7 @@ def against(name: str, pairs: list[tuple[dict, dict]]) -> str:
     difference = sum(differences) / len(pairs)
     agree = len(pairs) > 1 and (min(differences) > 0 or max(differences) < 0)
     star = "*" if agree else ""
-    if name in ("gold", "gold_held_out", "web_loss"):
+    if name in POINTS:
         return f"{mean:.2f} ({difference:+.2f}{star})"
     return f"{100 * mean:.1f} % ({100 * difference:+.1f}{star})"
 

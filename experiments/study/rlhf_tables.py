@@ -9,7 +9,6 @@ rlhf/README.md from that file.
 
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from experiments.study.collect import (
@@ -18,12 +17,12 @@ from experiments.study.collect import (
     cell,
     check_one_configuration,
     grid,
+    made_here,
     made_on,
-    processor,
+    spread,
     write_into_page,
 )
 from experiments.study.rlhf_search import TRIED, WITHIN, chosen
-from experiments.study.search import spread
 from kit.flags import command_line
 from rlhf.compare import nearest
 from rlhf.dpo import CHOOSING
@@ -280,7 +279,7 @@ def main(arguments: list[str]) -> None:
                 results[read_part.__name__] = rounded(read_part(folders))
             except ValueError as error:
                 parser.error(str(error))
-            results |= {"hardware": processor(), "torch": version("torch")}
+            results |= made_here()
     file.write_text(json.dumps(results) + "\n")
     for name, (part, table) in TABLES.items():
         if part in results:

@@ -13,7 +13,6 @@ import random
 import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,9 @@ from experiments.study.collect import (
     cell,
     check_one_configuration,
     grid,
+    made_here,
     made_on,
-    processor,
+    spread,
     write_into_page,
 )
 from experiments.study.measure import finished_run
@@ -229,8 +229,7 @@ def published(runs: list[Path]) -> dict:
     ]
     return {
         "command": f"python train.py --seed SEED{''.join(changed)}",
-        "hardware": processor(),
-        "torch": version("torch"),
+        **made_here(),
         "seeds": sorted(seeds, key=lambda each: each["seed"]),
     }
 
@@ -238,12 +237,6 @@ def published(runs: list[Path]) -> dict:
 def share_of_noes(seeds: list[tuple[float, int]]) -> str:
     """The share that goes on, over seeds; "-" where one of them met fewer than 20 such "no"."""
     return cell([share for share, _ in seeds]) if all(n >= 20 for _, n in seeds) else "-"
-
-
-def spread(values: list[float]) -> str:
-    """The mean of numbers that are no shares and, if there are several, their range."""
-    ends = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.2f}{ends}"
 
 
 def table(results: dict) -> str:

@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,16 @@ from data.problem import Problem, stream
 from data.signs import Signs, tries_of
 from experiments.machine.bench import SHAPES
 from experiments.study import pictures
-from experiments.study.collect import RESULTS, ROOT, cell, grid, made_on, processor, write_into_page
-from experiments.study.search import spread
+from experiments.study.collect import (
+    RESULTS,
+    ROOT,
+    cell,
+    grid,
+    made_here,
+    made_on,
+    spread,
+    write_into_page,
+)
 from experiments.study.study import Job, do
 from experiments.watch.plot import check_picture, read_log
 from kit.evaluate import held_out_problems
@@ -567,8 +574,7 @@ def publish(folder: Path) -> None:
     )
     drawn = [each.pop("thoughts", []) for each in (*examined, critics)]
     results = {
-        "hardware": processor(),
-        "torch": version("torch"),
+        **made_here(),
         "runs": [run_of(run) for run in ended],
         "examined": [each for each in examined if each],
         "critics": critics,
