@@ -195,10 +195,8 @@ class Config:
 PRESETS = {
     "cpu": {},
     "gpu": {
-        "task": "chains-99", "dtype": "bfloat16",
-        "n_layer": 6, "n_head": 8, "n_kv_head": 4, "d_model": 256, "d_ff": 768,
-        "pretrain_steps": 8000, "pretrain_tokens": 4096, "pretrain_lr": 2e-3,
-        "steps": 150, "prompts": 128, "group_size": 16, "lr": 3e-4, "micro_batch": 512,
+        "n_layer": 4, "d_model": 128, "d_ff": 384, "pretrain_tokens": 1024, "pretrain_lr": 2e-3,
+        "prompts": 64, "group_size": 16, "lr": 4e-4, "micro_batch": 256,
     },
     "tiny": {
         "task": "chains", "max_level": 3, "n_layer": 2, "d_ff": 128, "eval_problems": 100,
