@@ -76,7 +76,7 @@ def token_rewards(
 
 @torch.no_grad()
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float | Tensor = 0.95
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimates and the returns that a value model should learn, (B, T) each,
     exactly 0 outside the mask (Schulman et al. 2016, eq. 16):
@@ -89,20 +89,24 @@ def gae(
     values   (B, T), like rewards: `values_of`
     mask     (B, T) bool; tokens outside of it are passed over
     gamma    the discount of a token, from 0 to 1
-    lam      from 0 to 1. At 0, the advantage is the TD error (eq. 17). At 1, it is the sum of the
-             rewards to come, less the value (eq. 18)
+    lam      from 0 to 1, or (B,), like rewards, a row's own. At 0, the advantage is the TD error
+             (eq. 17). At 1, it is the sum of the rewards to come, less the value (eq. 18)
 
     After a row's last token nothing is expected, even where the row was cut: the rules score a cut
-    row as it stands. No gradient flows. Raises ValueError for other shapes, types and values.
+    row as it stands. No gradient flows. Reads `lam` back, so call it once a step. Raises ValueError
+    for other shapes, types and values.
     """
     check_alike("(B, T)", rewards=rewards, values=values, mask=mask)
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+    lams = torch.as_tensor(lam, dtype=values.dtype, device=values.device)
+    if lams.shape not in ((), values.shape[:1]):
+        raise ValueError(f"lam {tuple(lams.shape)} must be one number, or one for each row")
+    if not (0 <= gamma <= 1 and ((0 <= lams) & (lams <= 1)).all()):
         raise ValueError(f"gamma {gamma} and lam {lam} must be from 0 to 1")
     advantages = torch.zeros_like(values)
     advantage = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
+        advantage = torch.where(mask[:, t], delta + gamma * lams * advantage, advantage)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = advantage
     returns = advantages + values
@@ -192,6 +196,7 @@ class Config(train.Config):
     clip_high: float | None = 0.2  # the ratio may rise to 1 + this
     beta: float = 0.0  # price of a nat from the reference, in the reward; 0: no reference at all
     lam: float = 1.0  # lambda of the advantages
+    lam_alpha: float = 0.0  # lambda of a row of n tokens is 1 - 1 / (this * n), from 0; 0: --lam
     value_lam: float = 1.0  # lambda of what the value model learns; 1: the rewards that came
     whiten: bool = True  # advantages of a rollout get mean 0 and deviation 1
     value_lr: float = 2e-3  # peak learning rate of the value model
@@ -212,6 +217,14 @@ class Config(train.Config):
         if self.kl != "k3" or self.reference_every:
             reason = "--kl and --reference_every are GRPO's"
             raise ValueError(f"{reason}: PPO pays --beta log(pi / base) in its reward")
+
+
+def lambdas(config: Config, mask: Tensor) -> float | Tensor:
+    """The lambda of the advantages: one number, or (B,), nearer to 1 in longer rows, so that the
+    reward reaches their first tokens (VAPO, Yue et al. 2025, section 4.2)."""
+    if not config.lam_alpha:
+        return config.lam
+    return (1 - 1 / (config.lam_alpha * mask.sum(dim=1))).clamp(min=0.0)
 
 
 @torch.no_grad()
@@ -247,7 +260,7 @@ def estimate(
     outcome = rewards["reward"].to(mask.device)
     earned = token_rewards(outcome, rollout.logps, ref_logps, mask, config.beta)
     values = rollout_values(value, rollout, config.micro_batch)
-    advantages, _ = gae(earned, values, mask, lam=config.lam)
+    advantages, _ = gae(earned, values, mask, lam=lambdas(config, mask))
     return earned, values, whiten(advantages, mask) if config.whiten else advantages
 
 

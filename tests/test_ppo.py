@@ -110,6 +110,24 @@ def test_advantages_and_returns_equal_equation_16(gamma, lam):
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
+def test_each_row_may_have_a_lambda_of_its_own():
+    """The same as a call for each row."""
+    rewards, values, _, mask = random_batch()
+    lams = torch.linspace(0.0, 1.0, len(mask), dtype=torch.float64)
+    together = gae(rewards, values, mask, gamma=0.9, lam=lams)
+    for row, lam in enumerate(lams.tolist()):
+        alone = gae_by_loops(*(x[row : row + 1] for x in (rewards, values, mask)), 0.9, lam)
+        torch.testing.assert_close(together[0][row : row + 1], alone, **CLOSE)
+
+
+def test_the_lambda_of_a_longer_row_is_nearer_to_1():
+    """1 - 1 / (alpha n) of a row of n tokens, and not below 0. Without an alpha it is `lam`."""
+    mask = torch.arange(200) < torch.tensor([1, 4, 10, 100])[:, None]
+    found = room.lambdas(config_of(lam_alpha=0.5), mask)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.5, 0.8, 0.98]))
+    assert room.lambdas(config_of(lam=0.7), mask) == 0.7
+
+
 def test_at_lambda_1_values_cancel_but_for_the_first():
     """Equation 18: the sum of the rewards to come, less V. So returns do not depend on values."""
     rewards, values, other, mask = random_batch()
@@ -703,7 +721,15 @@ def test_ppo_has_its_own_knobs_and_refuses_grpos(capsys):
         room.main(["--help"])
     shown = capsys.readouterr().out
     own = {field.name for field in fields(Config)} - {field.name for field in fields(train.Config)}
-    assert own == {"lam", "value_lam", "whiten", "value_lr", "value_clip", "value_warmup"}
+    assert own == {
+        "lam",
+        "lam_alpha",
+        "value_lam",
+        "whiten",
+        "value_lr",
+        "value_clip",
+        "value_warmup",
+    }
     assert all(f"--{name}" in shown for name in own)
     parsed = train.flags.parse(Config, train.PRESETS, [], "", "ppo")
     assert parsed.out == "out/signs-cpu-ppo-seed0"
@@ -734,6 +760,8 @@ ROWS, EMPTY = torch.zeros(2), MASK & (torch.arange(2) == 0)[:, None]
         (lambda: gae(ONE, ONE.bfloat16(), MASK), "values must be .*, not torch.bfloat16"),
         (lambda: gae(ONE, ONE, MASK, lam=1.1), "gamma 1.0 and lam 1.1 must be from 0 to 1"),
         (lambda: gae(ONE, ONE, MASK, gamma=math.nan), "gamma nan"),
+        (lambda: gae(ONE, ONE, MASK, lam=COLUMN), r"lam \(2, 1\) must be one number, or one for"),
+        (lambda: gae(ONE, ONE, MASK, lam=ROWS - 1), "gamma 1.0 and lam .* must be from 0 to 1"),
         (lambda: whiten(ONE, MASK[:, :1]), r"mask \(2, 1\) must have the shape of x \(2, 3\)"),
         (lambda: whiten(ONE, ~MASK), "holds no token"),
         (lambda: whiten(ONE.long(), MASK), "x must be .*, not torch.int64"),

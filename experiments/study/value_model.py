@@ -66,10 +66,8 @@ ROWS = {  # the flags of each run beside these; all take 256 completions a step
     "ppo_8": (),
     "ppo_16": ("--prompts", "16", "--group_size", "16"),
     "ppo_8_lam95": ("--lam", "0.95"),
-    "ppo_8_both95": ("--lam", "0.95", "--value_lam", "0.95"),
+    "ppo_8_length": ("--lam_alpha", "0.5"),
     "ppo_8_cold": ("--value_warmup", "0"),
-    "ppo_8_slow": ("--value_lr", "5e-4"),
-    "ppo_8_unclipped": ("--value_clip", "inf"),
     "ppo_8_epochs": ("--inner_epochs", "2"),
 }
 PASSES = "two passes over a rollout"
