@@ -444,11 +444,10 @@ time.sleep(60)
     assert (tmp_path / "long.saved").exists() and time.time() - started < 30
 
 
-@pytest.mark.parametrize("preset", study.PLANS)
-def test_each_run_of_the_plan_can_be_made(preset, tmp_path):
+def test_each_run_of_the_plan_can_be_made(tmp_path):
     """Its program exists and takes its flags, its table takes it, and it resumes when stopped."""
-    jobs = study.phenomena(tmp_path, preset, 1)
-    jobs += study.levers(tmp_path / "more", preset, jobs[0])
+    jobs = study.phenomena(tmp_path, 1)
+    jobs += study.levers(tmp_path / "more", jobs[0])
     assert len({each.makes for each in jobs}) == len(jobs)
     for each in jobs:
         program, *rest = each.command()
@@ -476,7 +475,7 @@ def test_each_run_of_the_plan_can_be_made(preset, tmp_path):
         assert each.command()[-2:] == ["--resume", config.out]
         # The table of a run, and the columns in which it stands.
         tables = {"language": ("language", [0, 1]), "language_reward": ("language", [0, 2])}
-        if preset == "cpu" and each.name in tables:
+        if each.name in tables:
             name, columns = tables[each.name]
             settings = {"program": program, **asdict(config)}
             (Path(config.out) / "config.json").write_text(json.dumps(settings))
@@ -831,8 +830,8 @@ def small_study(tmp_path_factory):
         evaluation = json.loads((first / "result.json").read_text())["base"]
         written = {"tokens": 1000 * rounds, "kept": [0.5], "model": evaluation}
         (first / f"rejection_sampling_{rounds}.json").write_text(json.dumps(written))
-    jobs = study.phenomena(folder / "seed0", "cpu", 0)
-    for each in (*jobs, *study.levers(folder / "levers", "cpu", jobs[0])):
+    jobs = study.phenomena(folder / "seed0", 0)
+    for each in (*jobs, *study.levers(folder / "levers", jobs[0])):
         if not each.makes.exists():
             shutil.copytree(first, each.makes.parent)
         if each.name == "dynamic":  # whose log tells of two rollouts a step
@@ -843,8 +842,8 @@ def small_study(tmp_path_factory):
 
 def test_the_study_collects_what_its_runs_left(small_study, tmp_path, monkeypatch, capsys):
     """The study collects, tabulates and draws the results of its runs."""
-    monkeypatch.setitem(study.PLANS, "cpu", replace(study.PLANS["cpu"], seeds=1))
-    study.write_results(small_study, "cpu", tmp_path, quick=False)
+    monkeypatch.setattr(study, "SEEDS", 1)
+    study.write_results(small_study, tmp_path, quick=False)
     log = read_log(small_study / "seed0/main")
     (seed,) = json.loads((tmp_path / "phenomena.json").read_text())["seeds"]
     assert [record["step"] for record in seed["log"]] == [1, 2, 3]

@@ -1,14 +1,12 @@
 """Make everything that the README claims of R1-Zero in miniature: runs, controls, measurements,
 tables, pictures.
 
-    python -m experiments.study.study                # phenomena, levers, the hacked reward
-    python -m experiments.study.study --quick        # the phenomena alone
-    python -m experiments.study.study --preset gpu   # on a GPU: its preset, five seeds at a time
+    python -m experiments.study.study            # phenomena, levers, the hacked reward
+    python -m experiments.study.study --quick    # the phenomena alone
 
 Needs matplotlib. Stop it at any time, and start it again by the same command: it skips finished
-jobs and resumes stopped runs. After a change of the code, use another --out. The results of the cpu
-preset go to experiments/results and into the README. The results of the gpu preset go to
-experiments/results/gpu.
+jobs and resumes stopped runs. After a change of the code, use another --out. The results go to
+experiments/results and into its page.
 """
 
 import json
@@ -37,33 +35,14 @@ from experiments.watch.plot import check_picture, read_log
 from kit.flags import command_line
 from train import Config
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The settings of a preset's study."""
-
-    flags: str  # of all runs
-    seeds: int
-    languages: str  # flags of the runs in two languages
-    longer: int  # pretraining steps of the control that gets the tokens of GRPO too
-    rounds: int  # rounds of online rejection sampling
-    lanes: int  # jobs at a time
-
-
 WHOLE = f"--eval_problems {report.WHOLE} --eval_samples {report.SAMPLES}"
-PLANS = {
-    "cpu": Plan(
-        flags=f"--preset cpu --task chains --pretrain_steps 5000 --steps 80 --prompts 64 {WHOLE}",
-        seeds=3,
-        languages="--task chains-en-ko --min_level 2 --max_level 4 --pretrain_steps 8000",
-        longer=8000,
-        rounds=80,
-        lanes=min(8, os.cpu_count() or 1),
-    ),
-    "gpu": Plan(f"--preset gpu {WHOLE}", seeds=5, languages="", longer=13600, rounds=150, lanes=5),
-}
 FEWER = f"--eval_problems {report.FEWER}"  # for runs of which there are many
-LEVER_SEEDS = 3
+PLAIN = f"--task chains --pretrain_steps 5000 --steps 80 --prompts 64 {WHOLE}"  # of all runs
+LANGUAGES = "--task chains-en-ko --min_level 2 --max_level 4 --pretrain_steps 8000"
+LONGER = 8000  # pretraining steps of the control that gets the tokens of GRPO too
+ROUNDS = 80  # of online rejection sampling
+SEEDS = 3
+LANES = min(8, os.cpu_count() or 1)  # jobs at a time
 BAR = "{desc} {n_fmt} of {total_fmt} jobs |{bar:20}| {elapsed}{postfix}"
 
 
@@ -145,13 +124,12 @@ def run_job(
     return Job(folder, name, command, run / "result.json", needs, minutes)
 
 
-def phenomena(folder: Path, preset: str, seed: int) -> list[Job]:
+def phenomena(folder: Path, seed: int) -> list[Job]:
     """The runs and measurements of one seed. They share one base model, except that the runs in two
     languages share another."""
-    plan = PLANS[preset]
-    plain = f"{plan.flags} --seed {seed}"
+    plain = f"{PLAIN} --seed {seed}"
     main = run_job(folder, "main", plain, minutes=3.3)
-    base, bilingual = f"--init {folder}/main/base.pt", f"{plain} {plan.languages} {FEWER}"
+    base, bilingual = f"--init {folder}/main/base.pt", f"{plain} {LANGUAGES} {FEWER}"
     flags = f"{bilingual} --rewards accuracy=1,format=1,language=0"  # weight 0: only logged
     language = run_job(folder, "language", flags, minutes=3.7)
     rewarded = f"--rewards accuracy=1,format=1,language=1 --init {folder}/language/base.pt"
@@ -161,8 +139,8 @@ def phenomena(folder: Path, preset: str, seed: int) -> list[Job]:
         command = [*program, str(run), *flags]
         return Job(folder, name, lambda: command, run / f"{name}.json", (main,), minutes)
 
-    longer = f"{plain} {FEWER} --pretrain_steps {plan.longer} --steps 1"
-    rejection, rounds = "rejection_sampling", plan.rounds
+    longer = f"{plain} {FEWER} --pretrain_steps {LONGER} --steps 1"
+    rejection = "rejection_sampling"
     return [
         main,
         language,
@@ -171,13 +149,13 @@ def phenomena(folder: Path, preset: str, seed: int) -> list[Job]:
         run_job(folder, "dr_grpo", f"{plain} {FEWER} {base} --variant dr_grpo", needs=(main,)),
         measurement("measured", "measure", 2.0),
         measurement(f"{rejection}_1", rejection, 1.5),
-        measurement(f"{rejection}_{rounds}", rejection, 1.5, f"--rounds={rounds}"),
+        measurement(f"{rejection}_{ROUNDS}", rejection, 1.5, f"--rounds={ROUNDS}"),
     ]
 
 
-def levers(folder: Path, preset: str, base: Job) -> list[Job]:
+def levers(folder: Path, base: Job) -> list[Job]:
     """The runs of each lever and each reward, with several seeds, from one base model."""
-    common = f"{PLANS[preset].flags} {FEWER} --init {base.makes.parent}/base.pt"
+    common = f"{PLAIN} {FEWER} --init {base.makes.parent}/base.pt"
     return [
         run_job(
             folder / f"seed{seed}",
@@ -186,7 +164,7 @@ def levers(folder: Path, preset: str, base: Job) -> list[Job]:
             lever.variation,
             needs=(base,),
         )
-        for seed in range(LEVER_SEEDS)
+        for seed in range(SEEDS)
         for name, lever in (LEVERS | HACKED).items()
     ]
 
@@ -276,16 +254,12 @@ def tokens_of(config: Config, log: list[dict]) -> int:
     return round(config.group_size * (prompts + completions))
 
 
-def phenomena_of(folder: Path, preset: str, seed: int) -> dict:
+def phenomena_of(folder: Path, seed: int) -> dict:
     """All results of one seed."""
     main = ended_run(folder / "main")
     once, online, measured = (
         json.loads((folder / "main" / f"{name}.json").read_text())
-        for name in (
-            "rejection_sampling_1",
-            f"rejection_sampling_{PLANS[preset].rounds}",
-            "measured",
-        )
+        for name in ("rejection_sampling_1", f"rejection_sampling_{ROUNDS}", "measured")
     )
     config, longer = finished_run(folder / "main"), finished_run(folder / "longer")
     added_steps = longer.pretrain_steps - config.pretrain_steps
@@ -340,24 +314,24 @@ def hacked_of(folder: Path) -> dict:
 
 def several(folder: Path, named: dict[str, Lever], read: Callable[[Path], dict]) -> list[dict]:
     """The numbers of each lever, for each seed."""
-    seeds = [folder / f"seed{seed}" for seed in range(LEVER_SEEDS)]
+    seeds = [folder / f"seed{seed}" for seed in range(SEEDS)]
     return [
         {"name": name, **vars(lever), "seeds": [read(seed / name) for seed in seeds]}
         for name, lever in named.items()
     ]
 
 
-def write_results(folder: Path, preset: str, results: Path, quick: bool) -> None:
+def write_results(folder: Path, results: Path, quick: bool) -> None:
     """Write the results of the finished jobs as JSON files."""
-    seeds, device = PLANS[preset].seeds, finished_run(folder / "seed0/main").device
+    device = finished_run(folder / "seed0/main").device
     found = {
         "phenomena": {
-            "spread": f"{seeds} seeds, a base model each",
-            "seeds": [phenomena_of(folder / f"seed{seed}", preset, seed) for seed in range(seeds)],
+            "spread": f"{SEEDS} seeds, a base model each",
+            "seeds": [phenomena_of(folder / f"seed{seed}", seed) for seed in range(SEEDS)],
         }
     }
     if not quick:
-        spread = f"{LEVER_SEEDS} seeds of GRPO, from one base model; 200 held-out problems"
+        spread = f"{SEEDS} seeds of GRPO, from one base model; 200 held-out problems"
         for name, part, named, read in (
             ("levers", "levers", LEVERS, lever_of),
             ("hacked", "rewards", HACKED, hacked_of),
@@ -365,7 +339,7 @@ def write_results(folder: Path, preset: str, results: Path, quick: bool) -> None
             found[name] = {"spread": spread, part: several(folder / "levers", named, read)}
     on_gpu = device.startswith("cuda")
     made_with = {
-        "command": f"python -m experiments.study.study --preset {preset}",
+        "command": "python -m experiments.study.study",
         "hardware": torch.cuda.get_device_name(device) if on_gpu else collect.processor(),
         "torch": version("torch"),
     }
@@ -377,28 +351,23 @@ def write_results(folder: Path, preset: str, results: Path, quick: bool) -> None
 def main(arguments: list[str]) -> None:
     parser = command_line(__doc__)
     add = parser.add_argument
-    add("--preset", choices=PLANS, default="cpu", help="preset of the runs [cpu]")
     add("--quick", action="store_true", help="the phenomena alone")
-    add("--lanes", type=int, help="jobs at a time [cpu: one for each core, 8 at most; gpu: 5]")
+    add("--lanes", type=int, default=LANES, help="jobs at a time [one for each core, 8 at most]")
     add("--out", type=Path, default=Path("out/study"), help="folder of the runs [out/study]")
     flags = parser.parse_args(arguments)
-    plan, preset = PLANS[flags.preset], flags.preset
-    lanes = plan.lanes if flags.lanes is None else flags.lanes
-    if lanes < 1:
+    if flags.lanes < 1:
         parser.error("--lanes must be at least 1")
     check_picture(parser, "study.py", RESULTS / "learning.png")
-    folder = flags.out.absolute() / preset
-    seeds = [folder / f"seed{seed}" for seed in range(plan.seeds)]
-    jobs = [job for seed, each in enumerate(seeds) for job in phenomena(each, preset, seed)]
-    do(jobs if flags.quick else jobs + levers(folder / "levers", preset, jobs[0]), lanes)
+    folder = flags.out.absolute()
+    seeds = [folder / f"seed{seed}" for seed in range(SEEDS)]
+    jobs = [job for seed, each in enumerate(seeds) for job in phenomena(each, seed)]
+    do(jobs if flags.quick else jobs + levers(folder / "levers", jobs[0]), flags.lanes)
 
-    results = RESULTS if preset == "cpu" else RESULTS / preset
-    write_results(folder, preset, results, flags.quick)
-    report.main(results)
-    pictures.draw_results(results)
-    if preset == "cpu":
-        names = ("language", "language_reward")
-        collect.main(["language", *(str(seed / name) for seed in seeds for name in names)])
+    write_results(folder, RESULTS, flags.quick)
+    report.main(RESULTS)
+    pictures.draw_results(RESULTS)
+    names = ("language", "language_reward")
+    collect.main(["language", *(str(seed / name) for seed in seeds for name in names)])
 
 
 if __name__ == "__main__":
