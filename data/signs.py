@@ -170,10 +170,14 @@ class Signs:
 
     # ----------------------------------------------------------------------------- measures
 
+    def tries(self, problem: Problem, completion: str) -> list["Try"]:
+        """The tries of a completion, as `tries_of` reads them."""
+        return tries_of(problem, completion)
+
     def measures(self, problem: Problem, completion: str) -> dict[str, float]:
         """How a completion thinks: how many candidates it tries, and the shares of its tries that
         are worked out right, judged truly and tried before; whether it ends with a miss."""
-        tries = tries_of(problem, completion)
+        tries = self.tries(problem, completion)
         if not tries:
             return {"tries": 0.0}
         judged = [each for each in tries if each.verdict]

@@ -190,15 +190,51 @@ def test_a_run_is_examined_with_its_own_limit(monkeypatch, tmp_path):
     monkeypatch.setattr(search, "load_policy", lambda path: model)
     monkeypatch.setattr(search, "verdicts", lambda *args: {})
 
-    def examine(model, levels, *counts, limit, seed):
-        return type(model).__name__, levels, counts, limit
+    def examine(model, levels, *counts, temperature=1.0, limit, seed):
+        return type(model).__name__, levels, counts, temperature, limit
 
     monkeypatch.setattr(search, "examine", examine)
+    monkeypatch.setattr(search, "spend", lambda model, *given, **how: (*given, how["limit"]))
     found = search.examine_run(tmp_path, 6, 2)
-    kinds = {name: found[name][0] for name in found if name != "planted"}
+    kinds = {name: found[name][0] for name in search.MODELS}
     forced = {search.FORCED: "MayNotGiveUp"}
     assert kinds == {"base": "Transformer", **forced, "R1-Zero": "Transformer"}
-    assert {found[name][1:] == ([2, 3, 4], (6, 2), 77) for name in kinds} == {True}
+    for name in kinds:
+        assert found[name][1:] == ([2, 3, 4], (6, 2), 1.0, 77)
+    assert found["greedy"][1:] == ([2, 3, 4], (6, 1), 0.0, 77)
+    assert found["one of k"] == ([2, 3, 4], 6, 77)
+
+
+def test_what_tokens_buy_is_counted():
+    """Right within so many tokens; one of k answers, against the formula of pass@k."""
+    hit, miss = (f"<think>{thought}{ENDS}" for thought in (HIT, MISS.replace("4 - 3", "4 + 3")))
+    wrong = miss.replace("<answer> 4 - 3 + 6", "<answer> 4 + 3 + 6")
+    found = search.describe([MAKE_7], [[(hit, 20), (hit, 100), (wrong, 20), (wrong, 20)]])
+    assert found["within"] == {"32": 0.25, "64": 0.25, "128": 0.5, "256": 0.5}
+
+
+def test_one_of_k_answers_of_the_base_model(monkeypatch):
+    """Two problems: of one 4 of 16 answers are right, of the other none."""
+    hit = f"<think>{HIT}{ENDS}"
+    groups = [[(hit if i < count else "", 10) for i in range(16)] for count in (4, 0)]
+    monkeypatch.setattr(search, "held_out_problems", lambda *given: [MAKE_7, MAKE_7])
+    monkeypatch.setattr(search, "answer_problems", lambda *given, **how: groups)
+    found = search.spend(small_model(task="signs"), [2], 2, limit=40, seed=0)["2"]
+    assert found["1"] == (pytest.approx(4 / 32), 10) and found["16"] == (0.5, 160)
+    missed = 12 / 16 * 11 / 15
+    assert found["2"] == (pytest.approx((1 - missed) / 2), 20)
+
+
+def test_the_table_of_what_tokens_buy():
+    found = {"within": dict.fromkeys(map(str, search.WITHIN), 0.5)}
+    one = {name: {"2": found} for name in search.MODELS}
+    one |= {"greedy": {"2": {"pass@1": 0.4, "repeats": 0.7}}}
+    one |= {"one of k": {"2": {"1": (0.2, 30.0), "2": (0.3, 60.0)}}}
+    results = {"command": "c", "hardware": "h", "torch": "t", "seeds": [{"seed": 3, "search": one}]}
+    lines = search.compute_table(results).splitlines()
+    assert "| right within 64 tokens, 3 numbers | 50.0 % | 50.0 % | 50.0 % |" in lines
+    assert "| one of 2 answers right, 3 numbers | 30.0 %, 60 tokens |  |  |" in lines
+    assert "| greedy: tries that repeat one, 3 numbers |  |  | 70.0 % |" in lines
 
 
 @pytest.mark.docs

@@ -26,7 +26,7 @@ from grpo import token_logps
 from kit.evaluate import evaluate
 from kit.flags import command_line
 from kit.run import set_up
-from model import Transformer, write_whole
+from model import Transformer, save_model, write_whole
 from sample import Rollout, load_policy, tokenizer_of
 
 LR = 3e-4  # the best of 1e-4, 3e-4, 1e-3 and 3e-3 (NOTES.md)
@@ -97,6 +97,8 @@ def main(arguments: list[str]) -> None:
     add("run", type=Path, help="folder of a run that has ended")
     add("--rounds", type=int, default=1, help="rounds of sampling and training [1]")
     add("--lr", type=float, default=LR, help=f"peak learning rate [{LR}]")
+    text = "a JSON file; the model goes beside it [RUN/rejection_sampling_ROUNDS.json]"
+    add("--out", metavar="FILE", type=Path, help=text)
     flags = parser.parse_args(arguments)
     try:
         config = finished_run(flags.run)
@@ -111,7 +113,9 @@ def main(arguments: list[str]) -> None:
     counts = {"problems": config.eval_problems, "samples": config.eval_samples}
     counts |= {"limit": config.max_new_tokens, "seed": config.seed}
     found |= {"model": evaluate(model, config.task, config.levels, **counts)}
-    path = flags.run / f"rejection_sampling_{flags.rounds}.json"
+    path = flags.out or flags.run / f"rejection_sampling_{flags.rounds}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_model(path.with_suffix(".pt"), model)
     result = {"rounds": flags.rounds, "lr": flags.lr, **found}
     write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     kept = f"{found['kept'][0]:.1%} in the first round, {found['kept'][-1]:.1%} in the last"

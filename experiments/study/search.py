@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data import TASKS
 from data.problem import Problem, stream
-from data.signs import MAX_TOTAL, Signs, candidates, line, parts_of, tries_of
+from data.signs import MAX_TOTAL, Signs, candidates, line, parts_of
 from experiments.study.collect import (
     RESULTS,
     cell,
@@ -34,7 +34,7 @@ from experiments.study.collect import (
 )
 from experiments.study.measure import finished_run
 from experiments.watch.plot import read_log
-from kit.evaluate import Answers, answer_problems, grade, held_out_problems, mean
+from kit.evaluate import Answers, answer_problems, grade, held_out_problems, mean, pass_at_k
 from kit.flags import command_line
 from kit.run import set_up
 from model import KVCache, Transformer, write_whole
@@ -62,6 +62,9 @@ ROWS = {
 NUMBERS = {"tries", "most tries", "tokens", "lift"}  # of these rows; all others are shares
 ENDS = {"yes": '"yes"', "gave up": "giving up", "limit": "the limit of tokens", "no try": "no try"}
 NOES = ("1", "2", "3", "6", "9")  # after which of a thought's "no" the table tells what comes next
+MODELS = ("base", FORCED, "R1-Zero")
+WITHIN = (32, 64, 128, 256)  # tokens within which an answer has to be there
+MANY = 16  # answers of the base model to a problem, of which one may be right
 
 
 class MayNotGiveUp:
@@ -90,7 +93,7 @@ def describe(problems: list[Problem], answers: Answers) -> dict:
     repeats" is the share of repeats that uniform random tries would have at the same places.
     """
     rows = [
-        (problem, text, tries_of(problem, text))
+        (problem, text, TASKS[problem.task].tries(problem, text))
         for problem, group in zip(problems, answers)
         for text, _ in group
     ]
@@ -106,10 +109,12 @@ def describe(problems: list[Problem], answers: Answers) -> dict:
             uniform += misses / len(values) * seen
     judged = [each for each in tries if each.verdict]
     ends = Counter(how_it_ends(text, found) for _, text, found in rows)
+    right, tokens = grade(problems, answers), [[n for _, n in group] for group in answers]
     return {
-        "pass@1": grade(problems, answers).mean(),
+        "pass@1": right.mean(),
+        "within": {str(n): (right * (np.array(tokens) <= n)).mean() for n in WITHIN},
         "format": np.mean([format_reward(text) for _, text, _ in rows]),
-        "tokens": np.mean([tokens for group in answers for _, tokens in group]),
+        "tokens": np.mean(tokens),
         "tries": np.mean([len(found) for *_, found in rows]),
         "most tries": max(len(found) for *_, found in rows),
         "numbers and target copied": mean([each.copied for each in tries]),
@@ -187,6 +192,21 @@ def examine(model: Transformer, levels: list[int], problems: int, samples: int, 
     return found
 
 
+def spend(model: Transformer, levels: list[int], problems: int, **how) -> dict:
+    """For each level, the share of problems of which one of k answers is right, and the tokens of k
+    answers."""
+    found = {}
+    for level in levels:
+        asked = held_out_problems(model.config.task, [level], problems, how["seed"], "search")
+        answers = answer_problems(model, asked, MANY, **how)
+        counts, tokens = grade(asked, answers).sum(axis=1), mean([n for x in answers for _, n in x])
+        found[str(level)] = {
+            str(k): (mean([pass_at_k(MANY, count, k) for count in counts]), k * tokens)
+            for k in (1, 2, 4, 8, 16)
+        }
+    return found
+
+
 def examine_run(folder: Path, problems: int, samples: int) -> dict:
     """What is known of the models of a run, as its search.json holds it. Raises ValueError, in one
     line, for the folder of another run."""
@@ -195,12 +215,14 @@ def examine_run(folder: Path, problems: int, samples: int) -> dict:
         raise ValueError(f"{folder} is of {config.task}: only thoughts of signs are read")
     set_up(config)
     base, r1_zero = (load_policy(folder / f"{x}.pt") for x in ("base", "r1_zero"))
-    models = {"base": base, FORCED: MayNotGiveUp(base), "R1-Zero": r1_zero}
+    models = dict(zip(MODELS, (base, MayNotGiveUp(base), r1_zero)))
     how = {"limit": config.max_new_tokens, "seed": config.seed}
     levels = [level for level in config.levels if level > 1]
     result = {
         name: examine(model, levels, problems, samples, **how) for name, model in models.items()
     }
+    result["greedy"] = examine(r1_zero, levels, problems, 1, temperature=0.0, **how)
+    result["one of k"] = spend(base, levels, problems, **how)
     result["planted"] = {
         name: {failures: verdicts(model, PLANTED, failures, config.seed) for failures in FAILURES}
         for name, model in (("base", base), ("R1-Zero", r1_zero))
@@ -242,8 +264,7 @@ def share_of_noes(seeds: list[tuple[float, int]]) -> str:
 def table(results: dict) -> str:
     """A row for each measure and each count of numbers, a column for each model."""
     seeds = [each["search"] for each in results["seeds"]]
-    models = [name for name in seeds[0] if name != "planted"]
-    rows = []
+    models, rows = MODELS, []
     for name, shown in ROWS.items():
         for level in seeds[0][models[0]]:
             values = ([seed[model][level][name] for seed in seeds] for model in models)
@@ -273,12 +294,34 @@ def table(results: dict) -> str:
             )
             cells = [cell(values) if None not in values else "-" for values in planted]
             rows.append([f'P("yes") after {failures} misses and a planted {kind}', *cells])
+    return grid(["", *models], rows, below(results))
+
+
+def below(results: dict) -> str:
     told = ", ".join(str(each["seed"]) for each in results["seeds"])
     how = (
         f"`{results['command']}`, seeds {told}: mean (lowest-highest); {PROBLEMS} held-out problems"
     )
-    how += f" of each row, {SAMPLES} completions of each. {made_on(results)}"
-    return grid(["", *models], rows, how)
+    return f"{how} of each row, {SAMPLES} completions of each. {made_on(results)}"
+
+
+def compute_table(results: dict) -> str:
+    """What tokens buy: for each count of numbers, right answers within so many tokens, one right of
+    so many answers of the base model, and R1-Zero without chance."""
+    seeds, rows = [each["search"] for each in results["seeds"]], []
+    for level in seeds[0]["greedy"]:
+        numbers = f"{int(level) + 1} numbers"
+        for n in map(str, WITHIN):
+            cells = [cell([seed[name][level]["within"][n] for seed in seeds]) for name in MODELS]
+            rows.append([f"right within {n} tokens, {numbers}", *cells])
+        for k in seeds[0]["one of k"][level]:
+            shares, tokens = zip(*(seed["one of k"][level][k] for seed in seeds))
+            row = f"one of {k} answers right, {numbers}"
+            rows.append([row, f"{cell(shares)}, {mean(tokens):.0f} tokens", "", ""])
+        for name, shown in (("pass@1", "right"), ("repeats", "tries that repeat one")):
+            greedy = cell([seed["greedy"][level][name] for seed in seeds])
+            rows.append([f"greedy: {shown}, {numbers}", "", "", greedy])
+    return grid(["", *MODELS], rows, below(results))
 
 
 def main(arguments: list[str]) -> None:
@@ -305,16 +348,17 @@ def main(arguments: list[str]) -> None:
         except ValueError as error:
             parser.error(str(error))
         (RESULTS / "search.json").write_text(json.dumps(results, indent=1) + "\n")
-        write_into_page("search: made by experiments/study/search.py", table(results))
-        print(table(results))
+        for name, text in (("search", table(results)), ("compute", compute_table(results))):
+            write_into_page(f"{name}: made by experiments/study/search.py", text)
+            print(text)
 
 
 def summary(result: dict) -> str:
     """The first of it as a table."""
     shown = ("pass@1", "format", "tokens", "tries", "most tries", "totals right", "lift")
     lines = [f"{'':34}" + "".join(f"{name:>13}" for name in shown)]
-    for name, levels in result.items():
-        for level, found in levels.items() if name != "planted" else ():
+    for name in MODELS:
+        for level, found in result[name].items():
             numbers = (found[x] for x in shown)
             cells = "".join(f"{'-' if x is None else f'{x:.3f}':>13}" for x in numbers)
             lines.append(f"{f'{name}, {int(level) + 1} numbers':34}{cells}")

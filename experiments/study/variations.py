@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
-from data import get_tokenizer
+from data import TASKS, get_tokenizer
 from data.problem import Problem
+from experiments.study import corpora  # noqa: F401, for its tasks
 from grpo import group_advantages
 from kit import flags
 from kit.metrics import Rewards
@@ -30,7 +31,8 @@ from model import Transformer
 from rewards import rule_weights
 from sample import Rollout, decode_completions
 
-PAID_PER_STEP = 0.5
+PAID = 0.5  # for a step of a chain, for a "no" of signs
+LIGHTER = 0.4
 MOST_ROUNDS = 8  # the most rollouts that are sampled to fill one
 
 
@@ -49,6 +51,26 @@ def mean_only(config: train.Config) -> dict:
         return group_advantages(rewards["reward"], config.group_size, "none")
 
     return {"advantage": advantage}
+
+
+def positives_alone(config: train.Config) -> dict:
+    """Negative advantages count for nothing: what failed is not made less likely."""
+    return {"advantage": weighed(0.0)}
+
+
+def negatives_lighter(config: train.Config) -> dict:
+    """Negative advantages count for less."""
+    return {"advantage": weighed(LIGHTER)}
+
+
+def weighed(weight: float) -> Callable:
+    """The run's own advantages, the negative ones times `weight`."""
+
+    def advantage(config: train.Config, rewards: Rewards, rollout: Rollout) -> Tensor:
+        own = train.outcome_advantages(config, rewards, rollout)
+        return torch.where(own < 0, weight * own, own)
+
+    return advantage
 
 
 # ------------------------------------------------------------------------------------- the prompts
@@ -109,34 +131,91 @@ def joined(rollouts: list[Rollout], rows: Tensor, eos_id: int) -> Rollout:
 
 
 def paid_by_step(config: train.Config) -> dict:
-    """A reward that can be hacked: in a completion of the right format, each step of the thought
-    earns something, right or wrong."""
-    return {"reward": paid_for_steps(config, "format")}
+    """A reward that can be hacked, on chains: in a completion of the right format, each step of the
+    thought earns something, right or wrong."""
+    return {"reward": paid_for(config, "format", "steps", "#")}
 
 
 def paid_by_right_step(config: train.Config) -> dict:
     """The same reward, mended: steps earn only in a completion with the right answer."""
-    return {"reward": paid_for_steps(config, "accuracy")}
+    return {"reward": paid_for(config, "accuracy", "steps", "#")}
 
 
-def paid_for_steps(config: train.Config, name: str) -> train.Reward:
-    """The run's own reward and, if the completion satisfies the rule `name`, PAID_PER_STEP for
-    each step."""
+def paid_by_no(config: train.Config) -> dict:
+    """A reward that can be hacked, on signs: in the right format, each "no" earns something."""
+    return {"reward": paid_for(config, "format", "noes", " no\n")}
+
+
+def paid_by_right_no(config: train.Config) -> dict:
+    """The same reward, mended: a "no" earns only in a completion with the right answer."""
+    return {"reward": paid_for(config, "accuracy", "noes", " no\n")}
+
+
+def paid_for(config: train.Config, rule: str, name: str, mark: str) -> train.Reward:
+    """The run's own reward and, if the completion satisfies the `rule`, PAID for each `mark` in its
+    text. The log has what that came to, under this `name`."""
     tokenizer = get_tokenizer(config.task)
-    own, rule = own_reward(config), train.rules({name: 1.0}, tokenizer)
+    own, kept = own_reward(config), train.rules({rule: 1.0}, tokenizer)
 
     def reward(problems: list[Problem], rollout: Rollout, step: int) -> Rewards:
         texts = decode_completions(rollout, tokenizer)
-        steps = torch.tensor([PAID_PER_STEP * text.count("#") for text in texts])
-        steps *= rule(problems, rollout, step)["reward"]
+        paid = torch.tensor([PAID * text.count(mark) for text in texts])
+        paid *= kept(problems, rollout, step)["reward"]
         rewards = own(problems, rollout, step)
-        return rewards | {"reward": rewards["reward"] + steps, "steps": steps}
+        return rewards | {"reward": rewards["reward"] + paid, name: paid}
 
     return reward
 
 
+# --------------------------------------------------------------------------------------- the log
+
+
+def told(config: train.Config) -> dict:
+    """The run as it is, on signs; its log tells each level apart. "asked_3" is the share of a
+    rollout's completions that is about level 3. The others are sums over that level for each
+    completion of the rollout: `told_of` divides them."""
+    own, tokenizer = own_reward(config), get_tokenizer(config.task)
+
+    def reward(problems: list[Problem], rollout: Rollout, step: int) -> Rewards:
+        rewards, texts = own(problems, rollout, step), decode_completions(rollout, tokenizer)
+        asked = [problem for problem in problems for _ in range(config.group_size)]
+        counts = [counted(*each) for each in zip(asked, texts)]
+        for level in config.levels:
+            of_it = torch.tensor([float(problem.level == level) for problem in asked])
+            rewards[f"asked_{level}"] = of_it
+            rewards[f"right_{level}"] = of_it * rewards["accuracy"]
+            for name in counts[0]:
+                rewards[f"{name}_{level}"] = of_it * torch.tensor([x[name] for x in counts])
+        return rewards
+
+    return {"reward": reward}
+
+
+def counted(problem: Problem, text: str) -> dict[str, float]:
+    """Of a completion: its tries; whether it has none; the "no" behind which it had a choice, and
+    whether it gave up."""
+    tries, closed = TASKS[problem.task].tries(problem, text), "</think>" in text
+    noes = sum(each.verdict == "no" for each in tries)
+    gave_up = closed and bool(tries) and tries[-1].verdict == "no"
+    cut = text.endswith(" no")  # behind this "no" there was no choice
+    counts = {"tries": len(tries), "no_try": not tries, "noes": noes - cut, "gave_up": gave_up}
+    return {name: float(x) for name, x in counts.items()}
+
+
+def told_of(record: dict, level: int) -> dict[str, float]:
+    """A line of such a log, of one level: shares of its completions and its mean tries. "gives_up"
+    is the chance to give up behind a "no"."""
+    asked, noes = record[f"asked_{level}"], record[f"noes_{level}"]
+    shares = {x: record[f"{x}_{level}"] / asked for x in ("right", "no_try", "tries")}
+    return shares | {"gives_up": record[f"gave_up_{level}"] / noes if noes else 1.0}
+
+
 VARIATIONS: dict[str, Callable[[train.Config], dict]] = {
-    each.__name__: each for each in (mean_only, dynamic_sampling, paid_by_step, paid_by_right_step)
+    each.__name__: each
+    for each in (
+        *(mean_only, positives_alone, negatives_lighter, dynamic_sampling),
+        *(paid_by_step, paid_by_right_step, paid_by_no, paid_by_right_no, told),
+    )
 }
 
 
