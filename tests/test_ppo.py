@@ -939,7 +939,7 @@ def test_what_the_page_says_of_the_value_models_holds():
     for each in results["examined"]:
         assert 0.25 < each["explained variance"] < 1 / 3
         assert each["explained variance"] > each["knowable"] / 2
-    runs = [run for run in results["runs"] if run["task"] == "signs"]
+    runs = study.of(results["runs"], task="signs")
     right = {
         row: {run["seed"]: run["pass@1"] for run in study.of(runs, row=row)}
         for row in ("ppo_8", "grpo_8")
@@ -949,6 +949,9 @@ def test_what_the_page_says_of_the_value_models_holds():
     for seed in seeds:
         assert 0.03 < right["grpo_8"][seed] - right["ppo_8"][seed] < 0.06
     assert max(right["ppo_8"][seed] for seed in seeds) > min(right["grpo_8"].values())
+    seed_10 = {run["row"]: 100 * run["pass@1"] for run in study.of(runs, seed=study.CHOOSING)}
+    for row, points in (("ppo_8_lam95", -2.7), ("ppo_8_length", 2.6)):
+        assert seed_10[row] - seed_10["ppo_8"] == pytest.approx(points, abs=0.06)
     told_right, wrong = results["thoughts"]
     behind = wrong["tokens"].index(" yes") + 1
     assert max(wrong["right"][behind:]) == 0 and min(wrong["value"][behind:]) > 1.8
