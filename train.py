@@ -3,7 +3,7 @@ rule-based rewards alone.
 
     python train.py                          # the whole job: base model, GRPO, evaluation of both
     python train.py --task chains            # another task: 7 + 8 - 3
-    python train.py --preset tiny            # a small job on short chains, in about a minute
+    python train.py --preset tiny            # a small job on short chains, in about two minutes
     python train.py --init out/RUN/base.pt   # GRPO from a base model that is there already
     python train.py --resume out/RUN         # go on with a run that was stopped
     python train.py --help                   # every knob

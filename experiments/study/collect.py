@@ -65,7 +65,7 @@ TABLES = {
             "right, 3 numbers": at("by_level", "2"),
             "right, 4 numbers": at("by_level", "3"),
             "right, 5 numbers": at("by_level", "4"),
-            "right, 2 numbers (told apart)": at("apart", "1"),
+            "right, 2 numbers (longer lists begin so)": at("apart", "1"),
             "in the format of the tags": at("format"),
             "tokens of a completion": at("completion_tokens"),
             "tries of a completion": at("thinking", "tries"),
