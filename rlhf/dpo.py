@@ -96,7 +96,7 @@ CHOOSING = 500  # pairs by which the best step is chosen
 class Config(reward_model.Config):
     """Every knob of fine-tuning and of pairs, and those of DPO."""
 
-    dpo_beta: float = 0.1  # how dear it is to leave the fine-tuned model
+    dpo_beta: float = 0.2  # how dear it is to leave the fine-tuned model
     dpo_lr: float = 2e-4  # peak learning rate of DPO
     dpo_loss: str = "sigmoid"  # row of rlhf.dpo.DPO_LOSSES
     label_smoothing: float = 0.0  # share of pairs that are labelled the wrong way round

@@ -200,3 +200,11 @@ def test_what_the_page_says_of_the_methods_holds_in_every_seed():
         assert 2 < seed["grpo"][-1]["kl"] < 3
         chains = [seed[f"{method}_close"]["chains"] for method in METHODS]
         assert chains == pytest.approx([seed["sft"]["chains"]] * 3, abs=0.03)
+
+
+def test_what_the_search_chose_is_the_default():
+    searched = results_of_the_chapter()["searched"]
+    for name in METHODS:
+        best = chosen(searched[name], searched["nats"])
+        for knob, value in best["settings"].items():
+            assert getattr(rlhf_search.Config(), knob) == value, knob
