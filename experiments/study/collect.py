@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kit.flags import command_line
 from rewards import rule_weights
-from train import Config
+from train import PRESETS, Config
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -55,27 +55,30 @@ def paid(rewards: str) -> dict[str, float]:
     return {name: weight for name, weight in rule_weights(rewards).items() if weight}
 
 
+BEFORE_AND_AFTER = {"base model": at("base"), "R1-Zero": at("r1_zero")}
+OF_SIGNS = {
+    "right, 3 numbers": at("by_level", "2"),
+    "right, 4 numbers": at("by_level", "3"),
+    "right, 5 numbers": at("by_level", "4"),
+    "right, 2 numbers (longer lists begin so)": at("apart", "1"),
+    "in the format of the tags": at("format"),
+    "tokens of a completion": at("completion_tokens"),
+    "tries of a completion": at("thinking", "tries"),
+}
 TABLES = {
-    "cpu": Table(
-        "python train.py --seed SEED",
-        Config(),
+    "cpu": Table("python train.py --seed SEED", Config(), (), BEFORE_AND_AFTER, OF_SIGNS),
+    "gpu_on_cpu": Table(
+        "python train.py --preset gpu --device cpu --micro_batch 64 --seed SEED",
+        Config(preset="gpu", **PRESETS["gpu"] | {"micro_batch": 64}),
         (),
-        {"base model": at("base"), "R1-Zero": at("r1_zero")},
-        {
-            "right, 3 numbers": at("by_level", "2"),
-            "right, 4 numbers": at("by_level", "3"),
-            "right, 5 numbers": at("by_level", "4"),
-            "right, 2 numbers (longer lists begin so)": at("apart", "1"),
-            "in the format of the tags": at("format"),
-            "tokens of a completion": at("completion_tokens"),
-            "tries of a completion": at("thinking", "tries"),
-        },
+        BEFORE_AND_AFTER,
+        OF_SIGNS,
     ),
     "chains": Table(
         "python train.py --task chains --steps 60 --seed SEED",
         Config(task="chains", steps=60),
         (),
-        {"base model": at("base"), "R1-Zero": at("r1_zero")},
+        BEFORE_AND_AFTER,
         {
             "right answers, temperature 1 (pass@1)": at("pass@1"),
             "right answers, greedy": at("greedy"),
@@ -158,8 +161,9 @@ def markdown(name: str, results: dict) -> str:
     seeds = sorted({run["seed"] for run in runs})
     several = f"seeds {', '.join(map(str, seeds))}: mean (lowest-highest)"
     spread = several if len(seeds) > 1 else f"seed {seeds[0]}"
-    minutes = [run["seconds"]["total"] / 60 for run in runs]
-    took = f"{min(minutes):.0f} to {max(minutes):.0f} minutes, beside other jobs, on"
+    minutes = sorted(run["seconds"]["total"] / 60 for run in runs)
+    took = " to ".join(dict.fromkeys(f"{x:.0f}" for x in (minutes[0], minutes[-1])))
+    took += " minutes, beside other jobs, on"
     below = f"`{table.command}`, {spread}. {took} {made_on(results)}"
     return grid(["held-out problems", *table.columns], rows, below)
 
