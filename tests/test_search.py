@@ -237,10 +237,36 @@ def test_the_table_of_what_tokens_buy():
     assert "| greedy: tries that repeat one, 3 numbers |  |  | 70.0 % |" in lines
 
 
+def test_what_the_page_says_of_tokens_holds():
+    """In each seed and level; eight answers of the base model come to as much, to a point."""
+    seeds = [each["search"] for each in json.loads((RESULTS / "search.json").read_text())["seeds"]]
+    tokens = {}
+    for level in "234":
+        for seed in seeds:
+            base, forced, trained = (seed[name][level]["within"] for name in search.MODELS)
+            limits = ("64",) if level == "2" else ("64", "128", "256")
+            assert all(trained[n] > max(base[n], forced[n]) for n in limits)
+        eight, one, greedy, sampled = (
+            np.mean([pick(seed) for seed in seeds])
+            for pick in (
+                lambda seed, level=level: seed["one of k"][level]["8"][0],
+                lambda seed, level=level: seed["R1-Zero"][level]["pass@1"],
+                lambda seed, level=level: seed["greedy"][level]["repeats"],
+                lambda seed, level=level: seed["R1-Zero"][level]["repeats"],
+            )
+        )
+        assert abs(eight - one) < 0.01 and greedy > 0.66 and sampled < 0.4
+        many = np.mean([seed["one of k"][level]["8"][1] for seed in seeds])
+        few = np.mean([seed["R1-Zero"][level]["tokens"] for seed in seeds])
+        tokens[level] = (round(many), round(few))
+    assert tokens == {"2": (219, 68), "3": (285, 115), "4": (355, 152)}
+
+
 @pytest.mark.docs
 def test_the_table_of_the_search_is_of_the_results():
     results = json.loads((RESULTS / "search.json").read_text())
     assert len(results["seeds"]) >= 3 and search.table(results) in PROSE
+    assert search.compute_table(results) in PROSE
 
 
 @pytest.mark.docs
