@@ -146,7 +146,7 @@ CONTROLS: dict[str, Callable[[Bench], Transformer]] = {
     "no_arithmetic": lambda x: x.for_all(request_share=1.0, judged_from=0.0),
     "no_kl": lambda x: x.for_all(all_beta=0.0),
     "judged_from_0": lambda x: x.for_all(judged_from=0.0),
-    "judged_late": lambda x: x.for_all(judged_from=0.75),
+    "judged_half": lambda x: x.for_all(judged_from=0.5),
     # Three settings in which going back to the base might pay.
     "long_dev2": lambda x: x.reasoned("dev2", SPOKEN, times=3),
     "long_on_base": lambda x: x.taught("base", lessons(x.config, x.models["long_dev2"])),

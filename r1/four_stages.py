@@ -44,7 +44,7 @@ class Config(reward_model.Config):
     sft_steps: int = 125  # stage 3: optimizer steps
     all_steps: int = 80  # stage 4: rollouts
     all_beta: float = 0.2  # stage 4: weight of the KL to Dev3
-    judged_from: float = 0.5  # stage 4: share of the rollouts before requests and their judge come
+    judged_from: float = 0.75  # stage 4: share of the rollouts before requests and their judge come
     request_share: float = 0.5  # stage 4: share of requests among the prompts from then on
     student_layers: int = 2  # blocks of the student
     student_width: int = 32  # its width; a third of its feed-forward layers' width

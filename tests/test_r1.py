@@ -418,3 +418,29 @@ def test_only_finished_runs_of_one_setting_are_published(whole, tmp_path):
 def test_the_page_has_the_tables_of_the_results(name):
     results = json.loads((study.RESULTS / "r1.json").read_text())
     assert study.TABLES[name](results) in study.PAGE.read_text()
+
+
+def test_what_the_page_says_of_the_choices_holds_in_every_seed():
+    """Of stage 4, and of the three settings in which going back to the base might pay."""
+    seeds = json.loads((study.RESULTS / "r1.json").read_text())["seeds"]
+    assert len(seeds) >= 3
+    for seed in seeds:
+        stages, rows = seed["stages"], seed["controls"]
+        r1, dev3 = stages["r1"], stages["dev3"]
+        assert 0 < r1["right"] - dev3["right"] < 0.04
+        assert r1["gold"] > dev3["gold"] and r1["gold_held_out"] > dev3["gold_held_out"]
+        assert 0.06 < r1["right"] - rows["no_arithmetic"]["right"] < 0.46
+        assert 0.015 < r1["right"] - rows["no_kl"]["right"] < 0.1
+        assert 0.4 < r1["gold"] - rows["no_kl"]["gold"] < 0.8
+        assert abs(rows["r1_on_dev2"]["right"] - r1["right"]) < 0.03
+        assert rows["r1_on_dev2"]["gold"] > r1["gold"] - 0.1
+        for name in ("long", "forgotten"):
+            base, on = rows[f"{name}_on_base"], rows[f"{name}_on_dev2"]
+            assert on["right"] > base["right"] and on["gold"] > base["gold"] - 0.1
+            assert 0.2 < on["web_loss"] - base["web_loss"] < 0.7
+        assert 0.2 < rows["r1_on_dev2"]["web_loss"] - r1["web_loss"] < 0.7
+    hacked = seeds[1]["controls"]["judged_half"]["gold_held_out"]
+    assert (round(hacked, 1), round(seeds[1]["stages"]["r1"]["gold_held_out"], 1)) == (-0.6, 1.1)
+    for seed in (seeds[0], seeds[2]):
+        for name in ("gold", "gold_held_out"):
+            assert abs(seed["controls"]["judged_half"][name] - seed["stages"]["r1"][name]) < 0.2

@@ -46,7 +46,7 @@ ROWS = {  # of the controls: the stage that a row is compared with, and what dif
     "no_arithmetic": ("r1", "no arithmetic: requests alone, from the start"),
     "no_kl": ("r1", "no KL"),
     "judged_from_0": ("r1", "requests and their judge from the start"),
-    "judged_late": ("r1", "requests and their judge in the last quarter, as in the paper"),
+    "judged_half": ("r1", "requests and their judge in the last half of the steps"),
     "long_dev2": ("dev2", "three times more rollouts after it"),
     "long_on_base": ("dev3", "of the longer Dev2, on the base"),
     "long_on_dev2": ("dev3", "of the longer Dev2, on the longer Dev2"),
