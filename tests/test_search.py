@@ -299,5 +299,9 @@ def test_the_readmes_sentences_are_of_the_results():
         "({:.0f} and {:.0f} % in the format at 4 and 5 numbers, where the other is cut to "
         "{:.0f} and {:.0f} %)".format(*form),
         "is right in {:.1f} % before GRPO, in {:.1f} % after".format(*sloppy),
+        "for {:.0f} tokens against {:.0f}".format(
+            np.mean([seed["one of k"]["3"]["8"][1] for seed in seeds]),
+            np.mean([seed["R1-Zero"]["3"]["tokens"] for seed in seeds]),
+        ),
     ):
         assert sentence in told, sentence
