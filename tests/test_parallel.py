@@ -157,6 +157,8 @@ def test_several_processes_learn_what_one_learns(size, tmp_path):
     """Pretraining, GRPO with a reference, looks and answers, up to rounding: each number of the log
     is the same."""
     records, weights, answers, looks, sampled = learning()
+    rollouts, looked = 3 * SMALL.prompts * SMALL.group_size, 2 * train.LOOKS * SMALL.group_size
+    assert sampled == rollouts + looked + 5 * 3  # of rollouts, looks and answers, all are shared
     several = results(size, tmp_path / "run", learning)
     assert sum(found[4] for found in several) == sampled  # no row is sampled twice
     for found in several:
