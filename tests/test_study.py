@@ -317,7 +317,7 @@ def test_a_variation_runs_logs_and_tells_how_to_go_on(tmp_path, capsys):
     variations.main(["dynamic_sampling", *resume])
     assert (run / "result.json").exists()
     said = refusal(variations.main, ["dynamic"], capsys)
-    assert "name one of mean_only, dynamic_sampling" in said
+    assert "name one of mean_only, positives_alone, " in said
     graphs = ["--device=cuda", "--cuda_graphs", "--out", str(tmp_path / "other")]
     config = flags.parse(train.Config, train.PRESETS, ["--preset=tiny", *graphs], "", "train.py")
     with pytest.raises(ValueError, match="samples without --cuda_graphs"):
