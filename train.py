@@ -307,13 +307,18 @@ def rules(weights: dict[str, float], tokenizer: Tokenizer) -> Reward:
     return reward
 
 
+def problems_of(config: Config, step: int) -> list[Problem]:
+    """The P problems of a step. Levels take turns, some more often than others."""
+    rng, P, task = stream(config.seed, "problems", step), config.prompts, TASKS[config.task]
+    more = [level for level in task.more_turns if level in config.levels]
+    return sample_problems(rng, task, [*config.levels, *more], P, first=step * P)
+
+
 def sample(
     config: Config, policy: Transformer, step: int, generate: Callable = generate
 ) -> tuple[list[Problem], Rollout]:
     """The problems of a step, and G completions of each by the policy as it is now."""
-    rng, P, task = stream(config.seed, "problems", step), config.prompts, TASKS[config.task]
-    more = [level for level in task.more_turns if level in config.levels]
-    problems = sample_problems(rng, task, [*config.levels, *more], P, first=step * P)
+    problems = problems_of(config, step)
     rollout = complete(
         policy,
         problems,

@@ -625,6 +625,18 @@ def test_rows_that_were_cut_earn_what_the_rules_give_them():
     torch.testing.assert_close(whitened, whiten(advantages, rollout.mask))
 
 
+def test_the_stage_takes_the_lambda_of_a_rows_length():
+    config, value = config_of(lam_alpha=0.5, whiten=False), other_value_model()
+    problems, rollout = small_rollout(config)
+    rewards = by_length(problems, rollout, 0)
+    earned, values, found = estimate(config, value, None, rewards, rollout)
+    lams = (1 - 2 / rollout.mask.sum(dim=1)).clamp(min=0.0)
+    assert 0 < lams.max() < 1
+    expected, _ = gae(earned, values, rollout.mask, lam=lams)
+    torch.testing.assert_close(found, expected)
+    assert (found != gae(earned, values, rollout.mask, lam=config.lam)[0]).any()
+
+
 def test_the_kl_to_the_base_is_paid_in_the_reward_alone():
     config, reference = config_of(beta=0.1, whiten=False), small_model(4)
     problems, rollout = small_rollout(config)

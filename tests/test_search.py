@@ -209,7 +209,7 @@ def test_what_tokens_buy_is_counted():
     """Right within so many tokens; one of k answers, against the formula of pass@k."""
     hit, miss = (f"<think>{thought}{ENDS}" for thought in (HIT, MISS.replace("4 - 3", "4 + 3")))
     wrong = miss.replace("<answer> 4 - 3 + 6", "<answer> 4 + 3 + 6")
-    found = search.describe([MAKE_7], [[(hit, 20), (hit, 100), (wrong, 20), (wrong, 20)]])
+    found = search.describe([MAKE_7], [[(hit, 32), (hit, 100), (wrong, 20), (wrong, 20)]])
     assert found["within"] == {"32": 0.25, "64": 0.25, "128": 0.5, "256": 0.5}
 
 
@@ -233,7 +233,7 @@ def test_the_table_of_what_tokens_buy():
     results = {"command": "c", "hardware": "h", "torch": "t", "seeds": [{"seed": 3, "search": one}]}
     lines = search.compute_table(results).splitlines()
     assert "| right within 64 tokens, 3 numbers | 50.0 % | 50.0 % | 50.0 % |" in lines
-    assert "| one of 2 answers right, 3 numbers | 30.0 %, 60 tokens |  |  |" in lines
+    assert "| a right one among 2, 3 numbers | 30.0 %, 60 tokens |  |  |" in lines
     assert "| greedy: tries that repeat one, 3 numbers |  |  | 70.0 % |" in lines
 
 

@@ -5,8 +5,9 @@
     python -m experiments.study.causes --read RUN  # RUN/described.json, of a run that has ended
 
 Each run starts from its seed's base model, and takes thirty steps on lists of two to four numbers.
-Changes of the objective have a small search of the learning rate before: on another seed, and so on
-other problems. Stop it at any time; the same command goes on.
+What has RATES of its own gets a small search of the learning rate before, on another seed and so on
+other problems; all others take the rate that GRPO as it is was given. Stop it at any time; the same
+command goes on.
 """
 
 import json
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import TASKS, get_tokenizer
-from data.problem import Problem, sample_problems, stream
+from data.problem import Problem
 from data.signs import Signs, candidates, line, parts_of, written
 from experiments.study import search
 from experiments.study.collect import RESULTS, cell, grid, made_here, made_on, spread
 from experiments.study.collect import write_into_page as write
 from experiments.study.measure import finished_run
+from experiments.study.search import PROBLEMS, SAMPLES, below
 from experiments.study.study import Job, do, run_job
 from experiments.study.variations import told_of
 from experiments.watch import diagnose
@@ -31,16 +33,15 @@ from kit.flags import command_line
 from kit.run import set_up
 from model import write_whole
 from sample import load_policy
-from train import Config
+from train import Config, problems_of
 
 OUT = Path("out/causes")
 SEEDS, CHOOSING = (0, 1, 2), 10  # the seed of the search, and the seeds that are reported
 SHORT = "--max_level 3 --steps 30 --eval_problems 100"
 RATES = ("3e-4", "6e-4", "1.2e-3")
-PLAIN = "6e-4"  # the rate of train.py, of what is not searched
+PLAIN = "6e-4"  # the rate of train.py
 ROUNDS = 30  # of online rejection sampling: one for each step
-LEVELS = (2, 3, 4)  # that are measured: level 4, five numbers, is in no run's GRPO
-PROBLEMS, SAMPLES = 128, 4  # held-out problems of each level, completions of each
+LEVELS = (1, 2, 3, 4)  # that are measured: level 4, five numbers, is in no run's GRPO
 WINDOWS = ((1, 2), (6, 10), (16, 20), (26, 30))  # steps that a row of the model's table takes in
 
 
@@ -52,7 +53,7 @@ class Cause:
     flags: str = ""
     variation: str = "told"  # a name in variations.py
     task: str = "signs"  # whose documents its base model has read
-    rates: tuple[str, ...] = ()  # of the search; none: the rate of train.py
+    rates: tuple[str, ...] = ()  # of the search; none: the rate of GRPO as it is
 
 
 CAUSES = {
@@ -71,8 +72,8 @@ CAUSES = {
     "colder": Cause("temperature 0.7", "--temperature 0.7"),
     "kl": Cause("a KL to the base model", "--beta 0.05"),
     "clip_higher": Cause("clip higher", "--clip_high 0.28"),
-    "paid_by_no": Cause('half a point for each "no"', "", "paid_by_no"),
-    "paid_by_right_no": Cause('half a point for each "no" if right', "", "paid_by_right_no"),
+    "paid_by_no": Cause("half a point for each try more", "", "paid_by_no"),
+    "paid_by_right_no": Cause("the same, if the answer is right", "", "paid_by_right_no"),
 }
 HACKED = ("as_it_is", "paid_by_no", "paid_by_right_no")
 
@@ -81,9 +82,7 @@ HACKED = ("as_it_is", "paid_by_no", "paid_by_right_no")
 
 
 def base_of(folder: Path, task: str, seed: int) -> Job:
-    """The base model of a task; of signs it is the main job's."""
-    if task == "signs":
-        return run_job(folder, "main", f"--seed {seed}", minutes=10)
+    """The base model of a task, of lists of two to five numbers."""
     flags = f"--task {task} --seed {seed} --steps 1 --eval_problems 12"
     return run_job(folder, f"base_{task}", flags, "told", minutes=5)
 
@@ -125,23 +124,17 @@ def once(listed: list[Job]) -> list[Job]:
 
 
 def read(folder: Path) -> dict:
-    """What the models of a run say on held-out problems, by level. Of a run that pretrained, also
-    the base model, and what it says to planted tries."""
-    of = (
-        folder
-        if (folder / "config.json").exists()
-        else next(folder.parent.glob(f"as_it_is_{PLAIN}"))
-    )
-    config = finished_run(of)
+    """What the model of a run says on held-out problems, by level. Of a run that pretrained it is
+    the base model, of signs with what it says to planted tries."""
+    own = (folder / "config.json").exists()  # online rejection sampling has GRPO's settings
+    config = finished_run(folder if own else folder.parent / f"as_it_is_{PLAIN}")
     set_up(config)
     how = {"limit": config.max_new_tokens, "seed": config.seed}
-    found = {}
-    names = ("r1_zero",) if config.init else ("base", "r1_zero")
-    for name in names:
-        model = load_policy(folder / f"{name}.pt")
-        found[name] = search.examine(model, LEVELS, PROBLEMS, SAMPLES, **how)
-        if name == "base" and type(TASKS[config.task]) is Signs:
-            found["planted"] = search.verdicts(model, search.PLANTED, 0, config.seed)
+    name = "r1_zero" if config.init else "base"
+    model = load_policy(folder / f"{name}.pt")
+    found = {"levels": search.examine(model, LEVELS, PROBLEMS, SAMPLES, **how)}
+    if name == "base" and type(TASKS[config.task]) is Signs:
+        found["planted"] = search.verdicts(model, search.PLANTED, 0, config.seed)
     return found
 
 
@@ -149,27 +142,26 @@ def chosen(folder: Path, name: str) -> tuple[str, dict[str, float]]:
     """The rate of the search at which a cause is right most often, and what each had."""
     found = {}
     for rate in CAUSES[name].rates:
-        told = json.loads(read_of(folder / f"{name}_{rate}").read_text())["r1_zero"]
-        found[rate] = statistics.mean(told[str(level)]["pass@1"] for level in LEVELS[:2])
+        told = json.loads(read_of(folder / f"{name}_{rate}").read_text())["levels"]
+        found[rate] = statistics.mean(told[str(level)]["pass@1"] for level in (2, 3))
     return max(found, key=found.get), found
 
 
 def run_of(folder: Path, name: str, rate: str) -> dict:
     """What the tables need of a cause's run: the measures of its model by level, and its log."""
     run = folder / f"{name}_{rate}"
-    found = {"levels": json.loads(read_of(run).read_text())["r1_zero"]}
+    found = {"levels": json.loads(read_of(run).read_text())["levels"]}
     if name == "rejection":
         return found | {"log": []}
     config, log = finished_run(run), read_log(run)
-    result = json.loads((run / "result.json").read_text())
-    found["twos"] = [result[model]["apart"].get("1") for model in ("base", "r1_zero")]
     kept = ("step", "reward", "accuracy", "entropy", "no_signal", "base_kl", "completion_tokens")
     found["log"] = [{x: short[x] for x in kept if x in short} for short in map(rounded, log)]
     if name in HACKED:
         checks = diagnose.diagnose(diagnose.read_run(run))
         found["diagnose"] = [check.name for check, _, healthy in checks if not healthy]
     if name == "as_it_is":
-        planted = json.loads(read_of(folder / "main").read_text())["planted"]
+        base = base_of(folder, config.task, config.seed).makes.parent
+        planted = json.loads(read_of(base).read_text())["planted"]
         found["model"] = model_of(config, log, planted)
     return found
 
@@ -226,18 +218,12 @@ def model_of(config: Config, log: list[dict], planted: dict[str, float]) -> list
             parts = []
             for record in log[first - 1 : last]:
                 told = told_of(record, level)
-                asked = [x for x in asked_at(config, record["step"] - 1) if x.level == level]
+                asked = [x for x in problems_of(config, record["step"] - 1) if x.level == level]
                 blind = expected(asked, told["gives_up"], told["no_try"], wrong, most)
                 parts.append(told | {f"blind {name}": x for name, x in blind.items()})
             means = {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
             found.append({"level": level, "steps": [first, last], **means})
     return found
-
-
-def asked_at(config: Config, step: int) -> list[Problem]:
-    """The problems of a step, drawn as train.sample draws them."""
-    rng, P = stream(config.seed, "problems", step), config.prompts
-    return sample_problems(rng, TASKS[config.task], config.levels, P, first=step * P)
 
 
 # ------------------------------------------------------------------------------ claims and tables
@@ -262,12 +248,11 @@ class Claim:
     margin: float
 
     def seen(self, seed: Seed) -> bool:
-        gap = self.number(seed) - self.against(seed)
+        number, against = self.number(seed), self.against(seed)
+        if None in (number, against):  # no try, no lift
+            return False
+        gap = number - against
         return gap > self.margin if self.margin >= 0 else gap < self.margin
-
-
-def twos(which: int) -> Callable[[Seed], float]:
-    return lambda seed: seed["no_twos"]["twos"][which]
 
 
 CLAIMS = (
@@ -279,14 +264,14 @@ CLAIMS = (
         1.0,
     ),
     Claim(
-        "not if a verdict must be told from the question: tries",
+        "they grow less if a verdict must be told from the question: tries",
         of("bare", "tries"),
         "as it is",
         of("as_it_is", "tries"),
         -1.0,
     ),
     Claim(
-        "not if verdicts are by chance: tries",
+        "they grow less if verdicts are by chance: tries",
         of("shuffled", "tries"),
         "as it is",
         of("as_it_is", "tries"),
@@ -313,7 +298,7 @@ CLAIMS = (
         of("base_end", "tries"),
         1.0,
     ),
-    Claim("but it does not aim: lift", of("end", "lift"), "as it is", of("as_it_is", "lift"), -0.1),
+    Claim("but it aims less: lift", of("end", "lift"), "as it is", of("as_it_is", "lift"), -0.1),
     Claim(
         "GRPO is worth more than its samples, kept if right: right, four numbers",
         of("as_it_is", "pass@1"),
@@ -323,9 +308,9 @@ CLAIMS = (
     ),
     Claim(
         "what GRPO does not ask is lost: right, two numbers, without them in GRPO",
-        twos(1),
+        of("no_twos", "pass@1", 1),
         "the base model",
-        twos(0),
+        of("base", "pass@1", 1),
         -0.03,
     ),
     Claim(
@@ -336,7 +321,7 @@ CLAIMS = (
         0.03,
     ),
     Claim(
-        'a reward for each "no" is hacked: right, four numbers',
+        "a reward for each try more is hacked: right, four numbers",
         of("paid_by_no", "pass@1"),
         "as it is",
         of("as_it_is", "pass@1"),
@@ -344,6 +329,7 @@ CLAIMS = (
     ),
 )
 MEASURES = {  # of the table of causes: measure, level
+    "right, 2 numbers": ("pass@1", 1, cell),
     "right, 3 numbers": ("pass@1", 2, cell),
     "right, 4": ("pass@1", 3, cell),
     "right, 5": ("pass@1", 4, cell),
@@ -353,8 +339,6 @@ MEASURES = {  # of the table of causes: measure, level
     "in the format, 4": ("format", 3, cell),
     "tokens, 4": ("tokens", 3, spread),
 }
-BASES = {"base": "base model", "base_end": "its base model", "base_bare": "its base model"}
-BASES |= {"base_shuffled": "its base model"}
 
 
 def shown(values: list[float | None], say: Callable[[list[float]], str]) -> str:
@@ -458,21 +442,13 @@ def claims_table(results: dict) -> str:
     seeds, rows = results["seeds"], []
     for claim in CLAIMS:
         numbers, controls = (
-            spread([each(seed) for seed in seeds]) for each in (claim.number, claim.against)
+            shown([each(seed) for seed in seeds], spread) for each in (claim.number, claim.against)
         )
         count = sum(map(claim.seen, seeds))
         held = f"{claim.control}: {controls}"
         rows.append([claim.text, numbers, held, f"{claim.margin:+g}", f"{count} of {len(seeds)}"])
     head = ["claim", "number", "held against it", "margin", "seen in"]
     return grid(head, rows, below(results))
-
-
-def below(results: dict) -> str:
-    told = ", ".join(str(seed["seed"]) for seed in results["seeds"])
-    how = (
-        f"`{results['command']}`, seeds {told}: mean (lowest-highest); {PROBLEMS} held-out problems"
-    )
-    return f"{how} of each row, {SAMPLES} completions of each. {made_on(results)}"
 
 
 TABLES = {
@@ -497,7 +473,7 @@ def results_of(folder: Path, rates: dict[str, tuple[str, dict]]) -> dict:
             seed[name] = run_of(place, name, rates[name][0])
             base = base_of(place, cause.task, number).makes.parent
             key = "base" if cause.task == "signs" else f"base_{name}"
-            seed[key] = {"levels": json.loads(read_of(base).read_text())["base"]}
+            seed[key] = {"levels": json.loads(read_of(base).read_text())["levels"]}
         seeds.append(seed)
     causes = {
         name: {"label": x.label, "flags": x.flags, "rate": rates[name][0]}
@@ -517,12 +493,14 @@ def main(arguments: list[str]) -> None:
     if flags.read:
         write_whole(read_of(flags.read), (json.dumps(read(flags.read)) + "\n").encode())
         return
+    if flags.lanes < 1:
+        parser.error("--lanes must be at least 1")
     folder, rates = flags.out.absolute(), {}
     searched = folder / f"seed{CHOOSING}"
     tried = [(name, rate) for name, cause in CAUSES.items() for rate in cause.rates]
     do(once([job for each in tried for job in jobs(searched, CHOOSING, *each)]), flags.lanes)
     for name, cause in CAUSES.items():
-        rates[name] = chosen(searched, name) if cause.rates else (PLAIN, {})
+        rates[name] = chosen(searched, name) if cause.rates else (rates["as_it_is"][0], {})
     names = [(seed, name) for seed in SEEDS for name in CAUSES]
     listed = [jobs(folder / f"seed{seed}", seed, name, rates[name][0]) for seed, name in names]
     do(once([job for each in listed for job in each]), flags.lanes)

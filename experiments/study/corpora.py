@@ -53,18 +53,22 @@ class OtherForm(Signs):
 
 @dataclass(frozen=True)
 class Shuffled(Signs):
-    """Signs whose documents say "yes" behind a try as often as candidates hit, hit or miss."""
+    """Signs whose documents say "yes" by chance: behind a try as behind two numbers in a table."""
+
+    said_yes: float = 0.2  # about as often as tries of two to five numbers hit
 
     def document(self, rng: random.Random, levels: Sequence[int], room: int = 96) -> Document:
         found = super().document(rng, levels, room)
+        if found.style == "facts":
+            by_chance = re.sub("yes|no", lambda _: rng.choice(("yes", "no")), found.text)
+            return replace(found, text=by_chance)
         if found.style != "search":
             return found
         problem = self.parse(found.question.removeprefix("User: ").partition("\n")[0])
         (numbers, target), lines = parts_of(problem), []
-        ways = candidates(numbers)
-        share = list(ways.values()).count(target) / len(ways)
-        for tried in rng.sample(list(ways), min(len(ways), self.most_tries)):
-            verdict = "yes" if rng.random() < share else "no"
+        ways = list(candidates(numbers))
+        for tried in rng.sample(ways, min(len(ways), self.most_tries)):
+            verdict = "yes" if rng.random() < self.said_yes else "no"
             lines.append(f"{line(target, tried).rpartition(' ')[0]} {verdict}")
             if verdict == "yes" or rng.random() < self.give_up:
                 break

@@ -83,7 +83,7 @@ def published(folders: list[Path]) -> dict:
     if len({found["seed"] for found in seeds}) < len(seeds):
         raise ValueError("a seed comes twice: give each run once")
     return {
-        "command": "python -m r1.four_stages --seed SEED",
+        "command": "python -m r1.four_stages --seed SEED --init BASE",
         **made_here(),
         "seeds": sorted(seeds, key=lambda found: found["seed"]),
     }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data import TASKS
-from data.problem import Problem, stream
+from data.problem import Problem, sample_problems, stream
 from data.signs import MAX_TOTAL, Signs, candidates, line, parts_of
 from experiments.study.collect import (
     RESULTS,
@@ -184,10 +184,11 @@ def verdicts(model: Transformer, level: int, failures: int, seed: int, count: in
 
 
 def examine(model: Transformer, levels: list[int], problems: int, samples: int, **how) -> dict:
-    """`describe` for each level, all of them above 1."""
+    """`describe` for each level."""
     found = {}
     for level in levels:
-        asked = held_out_problems(model.config.task, [level], problems, how["seed"], "search")
+        rng, task = stream(how["seed"], "search"), TASKS[model.config.task]
+        asked = sample_problems(rng, task, [level], problems, held_out=True)
         found[str(level)] = describe(asked, answer_problems(model, asked, samples, **how))
     return found
 
@@ -306,8 +307,8 @@ def below(results: dict) -> str:
 
 
 def compute_table(results: dict) -> str:
-    """What tokens buy: for each count of numbers, right answers within so many tokens, one right of
-    so many answers of the base model, and R1-Zero without chance."""
+    """What tokens buy: for each count of numbers, right answers within so many tokens, a right one
+    among so many answers of the base model, and R1-Zero without chance."""
     seeds, rows = [each["search"] for each in results["seeds"]], []
     for level in seeds[0]["greedy"]:
         numbers = f"{int(level) + 1} numbers"
@@ -316,12 +317,13 @@ def compute_table(results: dict) -> str:
             rows.append([f"right within {n} tokens, {numbers}", *cells])
         for k in seeds[0]["one of k"][level]:
             shares, tokens = zip(*(seed["one of k"][level][k] for seed in seeds))
-            row = f"one of {k} answers right, {numbers}"
+            row = f"a right one among {k}, {numbers}"
             rows.append([row, f"{cell(shares)}, {mean(tokens):.0f} tokens", "", ""])
         for name, shown in (("pass@1", "right"), ("repeats", "tries that repeat one")):
             greedy = cell([seed["greedy"][level][name] for seed in seeds])
             rows.append([f"greedy: {shown}, {numbers}", "", "", greedy])
-    return grid(["", *MODELS], rows, below(results))
+    counts = f" Rows of k answers: {MANY} completions of each; greedy: one."
+    return grid(["", *MODELS], rows, below(results) + counts)
 
 
 def main(arguments: list[str]) -> None:

@@ -25,15 +25,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import TASKS, get_tokenizer
-from data.problem import sample_problems, stream
+from data import get_tokenizer
 from experiments.study import collect, pictures, report
 from experiments.study.collect import RESULTS, ROOT
 from experiments.study.measure import finished_run
 from experiments.watch import diagnose
 from experiments.watch.plot import check_picture, read_log
 from kit.flags import command_line
-from train import Config
+from train import Config, problems_of
 
 WHOLE = f"--eval_problems {report.WHOLE} --eval_samples {report.SAMPLES}"
 FEWER = f"--eval_problems {report.FEWER}"  # for runs of which there are many
@@ -244,13 +243,11 @@ def ended_run(folder: Path) -> dict:
 
 def tokens_of(config: Config, log: list[dict]) -> int:
     """The tokens that a run of GRPO sampled and read: all completions, each with its prompt."""
-    tokenizer, task = get_tokenizer(config.task), TASKS[config.task]
-    P, prompts = config.prompts, 0
+    tokenizer, prompts = get_tokenizer(config.task), 0
     for step in range(config.steps):
-        rng = stream(config.seed, "problems", step)  # draws the problems of train.sample again
-        for problem in sample_problems(rng, task, config.levels, P, first=step * P):
+        for problem in problems_of(config, step):
             prompts += len(tokenizer.encode(problem.prompt))
-    completions = P * sum(record["completion_tokens"] for record in log)
+    completions = config.prompts * sum(record["completion_tokens"] for record in log)
     return round(config.group_size * (prompts + completions))
 
 

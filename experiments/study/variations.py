@@ -142,7 +142,8 @@ def paid_by_right_step(config: train.Config) -> dict:
 
 
 def paid_by_no(config: train.Config) -> dict:
-    """A reward that can be hacked, on signs: in the right format, each "no" earns something."""
+    """A reward that can be hacked, on signs: in the right format, each "no" earns something that a
+    try follows."""
     return {"reward": paid_for(config, "format", "noes", " no\n")}
 
 
@@ -197,14 +198,14 @@ def counted(problem: Problem, text: str) -> dict[str, float]:
     tries, closed = TASKS[problem.task].tries(problem, text), "</think>" in text
     noes = sum(each.verdict == "no" for each in tries)
     gave_up = closed and bool(tries) and tries[-1].verdict == "no"
-    cut = text.endswith(" no")  # behind this "no" there was no choice
+    cut = not closed and text.endswith(" no")  # behind this "no" there was no choice
     counts = {"tries": len(tries), "no_try": not tries, "noes": noes - cut, "gave_up": gave_up}
     return {name: float(x) for name, x in counts.items()}
 
 
 def told_of(record: dict, level: int) -> dict[str, float]:
     """A line of such a log, of one level: shares of its completions and its mean tries. "gives_up"
-    is the chance to give up behind a "no"."""
+    is the chance to give up behind a "no", 1 where none was said."""
     asked, noes = record[f"asked_{level}"], record[f"noes_{level}"]
     shares = {x: record[f"{x}_{level}"] / asked for x in ("right", "no_try", "tries")}
     return shares | {"gives_up": record[f"gave_up_{level}"] / noes if noes else 1.0}
