@@ -39,14 +39,8 @@ KLAR = "<think>\n#1 7 더하기 8 은 15\n#2 15 빼기 3 은 12</think><answer> 
 def small_config(**changes):
     settings = {"preset": "tiny", "max_level": 2, "pretrain_steps": 3, "max_new_tokens": 24}
     settings |= {"steps": 2, "cold_documents": 40, "cold_steps": 10, "reasoning_steps": 2}
-    settings |= {
-        "curated": 20,
-        "sft_steps": 3,
-        "sft_lr": 1e-2,
-        "pairs": 100,
-        "all_steps": 2,
-        "judged_from": 0.5,
-    }
+    settings |= {"curated": 20, "sft_steps": 3, "sft_lr": 1e-2, "pairs": 100}
+    settings |= {"all_steps": 2, "judged_from": 0.5}
     settings |= {"student_layers": 1, "student_width": 8, "student_steps": 3, "distill_steps": 3}
     settings |= {
         "prompts": 4,

@@ -21,13 +21,19 @@ from data import TASKS, get_tokenizer
 from data.problem import Problem
 from data.signs import Signs, candidates, line, parts_of, written
 from experiments.study import search
-from experiments.study.collect import RESULTS, cell, grid, made_here, made_on, spread
-from experiments.study.collect import write_into_page as write
+from experiments.study.collect import (
+    RESULTS,
+    cell,
+    grid,
+    made_here,
+    made_on,
+    spread,
+    write_into_page,
+)
 from experiments.study.measure import finished_run
 from experiments.study.search import PROBLEMS, SAMPLES, below
-from experiments.study.study import Job, do, run_job
+from experiments.study.study import Job, Lever, complaints_of, do, ended_run, run_job
 from experiments.study.variations import told_of
-from experiments.watch import diagnose
 from experiments.watch.plot import read_log
 from kit.flags import command_line
 from kit.run import set_up
@@ -46,12 +52,10 @@ WINDOWS = ((1, 2), (6, 10), (16, 20), (26, 30))  # steps that a row of the model
 
 
 @dataclass(frozen=True)
-class Cause:
-    """A change, how the table calls it, and how it is made."""
+class Cause(Lever):
+    """A change of one setting, or of the documents that the base model has read."""
 
-    label: str
-    flags: str = ""
-    variation: str = "told"  # a name in variations.py
+    variation: str = "told"
     task: str = "signs"  # whose documents its base model has read
     rates: tuple[str, ...] = ()  # of the search; none: the rate of GRPO as it is
 
@@ -88,7 +92,7 @@ def base_of(folder: Path, task: str, seed: int) -> Job:
 
 
 def read_job(run: Job) -> Job:
-    """Measures the models of a run."""
+    """Measures the model of a run."""
     folder = run.makes.parent
     command = ["-m", "experiments.study.causes", "--read", str(folder)]
     return Job(run.folder, f"{run.name}_read", lambda: command, read_of(folder), (run,), 0.5)
@@ -153,21 +157,15 @@ def run_of(folder: Path, name: str, rate: str) -> dict:
     found = {"levels": json.loads(read_of(run).read_text())["levels"]}
     if name == "rejection":
         return found | {"log": []}
-    config, log = finished_run(run), read_log(run)
-    kept = ("step", "reward", "accuracy", "entropy", "no_signal", "base_kl", "completion_tokens")
-    found["log"] = [{x: short[x] for x in kept if x in short} for short in map(rounded, log)]
+    found["log"] = ended_run(run)["log"]
     if name in HACKED:
-        checks = diagnose.diagnose(diagnose.read_run(run))
-        found["diagnose"] = [check.name for check, _, healthy in checks if not healthy]
+        found["diagnose"] = complaints_of(run)
     if name == "as_it_is":
+        config = finished_run(run)
         base = base_of(folder, config.task, config.seed).makes.parent
         planted = json.loads(read_of(base).read_text())["planted"]
-        found["model"] = model_of(config, log, planted)
+        found["model"] = model_of(config, read_log(run), planted)
     return found
-
-
-def rounded(record: dict) -> dict:
-    return {name: float(f"{x:.4g}") if isinstance(x, float) else x for name, x in record.items()}
 
 
 # ------------------------------------------------------------------------- a model with one knob
@@ -507,7 +505,7 @@ def main(arguments: list[str]) -> None:
     results = results_of(folder, rates)
     (RESULTS / "causes.json").write_text(json.dumps(results) + "\n")
     for name, table in TABLES.items():
-        write(f"{name}: made by experiments/study/causes.py", table(results))
+        write_into_page(f"{name}: made by experiments/study/causes.py", table(results))
 
 
 if __name__ == "__main__":

@@ -295,16 +295,21 @@ def lever_of(folder: Path) -> dict:
     }
 
 
+def complaints_of(folder: Path) -> list[str]:
+    """The names of what diagnose.py finds unhealthy in a run."""
+    found = diagnose.diagnose(diagnose.read_run(folder))
+    return [check.name for check, _, healthy in found if not healthy]
+
+
 def hacked_of(folder: Path) -> dict:
     """The numbers of a run with one of the rewards, and the complaints of diagnose.py."""
     run = ended_run(folder)
-    found = diagnose.diagnose(diagnose.read_run(folder))
     return {
         "reward": diagnose.ends(run["log"], "reward"),
         "accuracy": diagnose.ends(run["log"], "accuracy"),
         "pass@1": run["r1_zero"]["pass@1"],
         "completion_tokens": run["r1_zero"]["completion_tokens"],
-        "diagnose": [check.name for check, _, healthy in found if not healthy],
+        "diagnose": complaints_of(folder),
         "log": [{name: record[name] for name in DRAWN if name in record} for record in run["log"]],
     }
 
